@@ -1,0 +1,156 @@
+/* The C interface of AdaAttn: scaled dot-product attention with an error budget.
+ *
+ *   out = softmax(scale * q k^T + mask) v          per (batch, query head)
+ *
+ * Every function returns an adaattn_status; on failure adaattn_last_error() has the reason, naming the argument,
+ * what it was and what is allowed. No call allocates, synchronises with a device or keeps a pointer after it returns:
+ * scratch memory is the caller's (ask the matching *_workspace function for its size). Calls may come from any
+ * number of threads at once.
+ */
+#ifndef ADAATTN_ADAATTN_H_
+#define ADAATTN_ADAATTN_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(ADAATTN_BUILD)
+#define ADAATTN_API __attribute__((visibility("default")))
+#else
+#define ADAATTN_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Changes when a struct below changes layout or meaning; adaattn_abi_version() is what the library was built with. */
+#define ADAATTN_ABI_VERSION 1
+
+typedef enum adaattn_status {
+  ADAATTN_OK = 0,
+  ADAATTN_INVALID_ARGUMENT = 1, /* an argument is malformed, or two do not fit together */
+  ADAATTN_UNSUPPORTED = 2,      /* well-formed, but no kernel takes it; the message lists each and why it declined */
+  ADAATTN_WORKSPACE_TOO_SMALL = 3,
+  ADAATTN_INTERNAL_ERROR = 4
+} adaattn_status;
+
+typedef enum adaattn_dtype {
+  ADAATTN_FLOAT32 = 0,
+  ADAATTN_FLOAT16 = 1,  /* IEEE binary16 */
+  ADAATTN_BFLOAT16 = 2, /* the upper half of a binary32 */
+  ADAATTN_BOOL = 3      /* one byte; masks only: 0 hides the key, anything else shows it */
+} adaattn_dtype;
+
+typedef enum adaattn_device { ADAATTN_CPU = 0, ADAATTN_CUDA = 1 } adaattn_device;
+
+/* Which query and key the mask diagonal starts from, when Nq != Nk. */
+typedef enum adaattn_alignment {
+  ADAATTN_TOP_LEFT = 0,    /* query 0 stands at key 0 (torch's is_causal) */
+  ADAATTN_BOTTOM_RIGHT = 1 /* the last query stands at the last key (a query that follows a KV cache) */
+} adaattn_alignment;
+
+/* A strided view; it owns nothing. Strides count elements, not bytes; they may be negative or, in inputs, 0. */
+typedef struct adaattn_tensor {
+  void* data;        /* aligned to its element; may be NULL only if a dimension is 0 */
+  int32_t dtype;     /* adaattn_dtype */
+  int32_t device;    /* adaattn_device */
+  int64_t shape[4];  /* [batch, heads, tokens, dim] */
+  int64_t stride[4]; /* in elements */
+} adaattn_tensor;
+
+/* What the caller asks for. Fill it with adaattn_default_options() first. */
+typedef struct adaattn_options {
+  double error;          /* budget: relative Frobenius error of each (batch, query head) output, >= 0; 0 is exact */
+  double scale;          /* factor on q k^T, finite; looked at only if has_scale is 1 */
+  int32_t has_scale;     /* 0: the scale is 1 / sqrt(D) */
+  int32_t causal;        /* 1 hides every key after the diagonal */
+  int32_t alignment;     /* adaattn_alignment, for causal and for the window */
+  int64_t window_left;   /* keys more than this many before the diagonal are hidden; -1: no limit */
+  int64_t window_right;  /* keys more than this many after the diagonal are hidden; -1: no limit */
+  int64_t sinks;         /* this many first keys stay visible left of the window (StreamingLLM, arXiv 2309.17453) */
+  int32_t num_threads;   /* CPU threads; 0: OpenMP's default */
+  int32_t deterministic; /* 1: the same inputs give the same bits on every run (CPU kernels always do) */
+  const char* kernel;    /* name of the only kernel to consider, NULL: the first of the table that takes the problem */
+} adaattn_options;
+
+/* Forward pass. B batches, Hq query heads, Hk key heads (Hk divides Hq; query head h reads key head h * Hk / Hq). */
+typedef struct adaattn_forward_args {
+  adaattn_tensor q;       /* [B, Hq, Nq, D] float32, float16 or bfloat16 */
+  adaattn_tensor k;       /* [B, Hk, Nk, D] dtype of q */
+  adaattn_tensor v;       /* [B, Hk, Nk, Dv] dtype of q */
+  adaattn_tensor mask;    /* [B|1, Hq|1, Nq|1, Nk|1] bool, or additive in float32 or q's dtype; data NULL: no mask */
+  adaattn_tensor out;     /* [B, Hq, Nq, Dv] dtype of q; written. Rows that see no key become 0 */
+  float* lse;             /* [B, Hq, Nq] contiguous, natural log of the row's sum; -inf where no key is seen; or NULL */
+  float* entropy;         /* [B, Hq, Nq] contiguous, entropy of the row's softmax in nats; or NULL */
+  float* max_probability; /* [B, Hq, Nq] contiguous, largest softmax entry of the row; or NULL */
+  const int64_t* key_lengths; /* [B], keys at or after it are hidden and never read, 0 <= length <= Nk; or NULL */
+  adaattn_options options;
+  void* workspace; /* adaattn_forward_workspace() bytes, 64-byte aligned, on q's device */
+  size_t workspace_bytes;
+  void* stream; /* cudaStream_t for CUDA tensors, else NULL */
+} adaattn_forward_args;
+
+/* Backward pass from a given out and lse (they need not come from this library). Gradients are written, not added. */
+typedef struct adaattn_backward_args {
+  adaattn_tensor q, k, v, mask; /* as in the forward pass */
+  adaattn_tensor out;           /* [B, Hq, Nq, Dv] dtype of q, read */
+  adaattn_tensor dout;          /* [B, Hq, Nq, Dv] dtype of q */
+  const float* lse;             /* [B, Hq, Nq] contiguous, read */
+  adaattn_tensor dq;            /* [B, Hq, Nq, D] dtype of q */
+  adaattn_tensor dk;            /* [B, Hk, Nk, D] dtype of q */
+  adaattn_tensor dv;            /* [B, Hk, Nk, Dv] dtype of q */
+  const int64_t* key_lengths;
+  adaattn_options options;
+  void* workspace; /* adaattn_backward_workspace() bytes, 64-byte aligned */
+  size_t workspace_bytes;
+  void* stream;
+} adaattn_backward_args;
+
+/* Merges attention over disjoint sets of keys into attention over their union (what ring attention needs):
+ * lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) out_i. Parts with lse -inf do not count. */
+typedef struct adaattn_merge_args {
+  const adaattn_tensor* parts;   /* [count] outputs, each [B, H, N, D], all of one dtype */
+  const float* const* part_lses; /* [count], each [B, H, N] contiguous */
+  int64_t count;                 /* >= 1 */
+  adaattn_tensor out;            /* [B, H, N, D] dtype of the parts; may be one of them */
+  float* lse;                    /* [B, H, N] contiguous, or NULL; may be one of part_lses */
+  int32_t num_threads;
+  void* stream;
+} adaattn_merge_args;
+
+ADAATTN_API uint32_t adaattn_abi_version(void);
+ADAATTN_API const char* adaattn_version(void);
+
+/* The reason of this thread's last failed call, "" if there was none. Valid until the thread's next call. */
+ADAATTN_API const char* adaattn_last_error(void);
+
+/* error 0, default scale, no causal mask, no window, no sinks, default threads, any kernel. */
+ADAATTN_API adaattn_options adaattn_default_options(void);
+
+/* Bytes of workspace that the call needs; pointers other than NULL-or-not are not looked at. */
+ADAATTN_API adaattn_status adaattn_forward_workspace(const adaattn_forward_args* args, size_t* bytes);
+ADAATTN_API adaattn_status adaattn_backward_workspace(const adaattn_backward_args* args, size_t* bytes);
+
+ADAATTN_API adaattn_status adaattn_forward(const adaattn_forward_args* args);
+ADAATTN_API adaattn_status adaattn_backward(const adaattn_backward_args* args);
+ADAATTN_API adaattn_status adaattn_merge(const adaattn_merge_args* args);
+
+/* FP64 attention, the truth that every error is measured against: args->out, entropy, max_probability and the workspace
+ * are ignored. out is [B, Hq, Nq, Dv] and lse [B, Hq, Nq], both contiguous; either may be NULL. CPU tensors only. */
+ADAATTN_API adaattn_status adaattn_reference_forward(const adaattn_forward_args* args, double* out, double* lse);
+/* Its gradients in FP64, from q, k, v, mask and dout alone: dq [B, Hq, Nq, D], dk [B, Hk, Nk, D], dv [B, Hk, Nk, Dv],
+ * contiguous. args->out, lse, dq, dk and dv are ignored. */
+ADAATTN_API adaattn_status adaattn_reference_backward(const adaattn_backward_args* args, double* dq, double* dk,
+                                                      double* dv);
+
+/* JSON for people and programs: version, devices, instruction sets, and every kernel of the table in order, each with
+ * the reasons why this machine, or the problem in args if it is not NULL, cannot use it.
+ * Writes at most capacity bytes with the final 0; *needed (may be NULL) receives the bytes that the whole takes. */
+ADAATTN_API adaattn_status adaattn_describe(const adaattn_forward_args* args, char* json, size_t capacity,
+                                            size_t* needed);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* ADAATTN_ADAATTN_H_ */

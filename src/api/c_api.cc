@@ -1,0 +1,131 @@
+// The C interface: validate, choose from the table, run; exceptions become a status and a message.
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "adaattn/adaattn.h"
+#include "api/describe.h"
+#include "api/validate.h"
+#include "common/error.h"
+#include "cpu/merge.h"
+#include "dispatch/kernel_table.h"
+#include "reference/reference.h"
+
+namespace adaattn {
+namespace {
+
+thread_local std::string last_error;
+
+template <typename Body>
+adaattn_status guarded(Body&& body) {
+  try {
+    last_error.clear();
+    body();
+    return ADAATTN_OK;
+  } catch (const StatusError& error) {
+    last_error = error.what();
+    return error.status();
+  } catch (const std::exception& error) {
+    last_error = concat("internal error: ", error.what());
+    return ADAATTN_INTERNAL_ERROR;
+  }
+}
+
+template <typename T>
+const T& required(const T* pointer, const char* name) {
+  if (pointer == nullptr) refuse(name, " is NULL");
+  return *pointer;
+}
+
+template <typename Args>
+adaattn_status workspace(const Args* args, std::size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "bytes");
+    validate(required(args, "args"), Need::kShapesOnly);
+    *bytes = choose(*args).workspace(*args);
+  });
+}
+
+template <typename Args>
+adaattn_status run(const Args* args) {
+  return guarded([&] {
+    validate(required(args, "args"), Need::kAll);
+    const auto& kernel = choose(*args);
+    validate_workspace(args->workspace, args->workspace_bytes, kernel.workspace(*args));
+    kernel.run(*args);
+  });
+}
+
+template <typename Args>
+void require_cpu(const Args& args) {
+  if (args.q.device != ADAATTN_CPU)
+    throw StatusError(ADAATTN_UNSUPPORTED, "the reference takes cpu tensors only, q is on cuda");
+}
+
+}  // namespace
+}  // namespace adaattn
+
+using namespace adaattn;
+
+extern "C" {
+
+uint32_t adaattn_abi_version(void) { return ADAATTN_ABI_VERSION; }
+const char* adaattn_version(void) { return ADAATTN_VERSION; }
+const char* adaattn_last_error(void) { return last_error.c_str(); }
+
+adaattn_options adaattn_default_options(void) {
+  adaattn_options options{};
+  options.window_left = -1;
+  options.window_right = -1;
+  return options;
+}
+
+adaattn_status adaattn_forward_workspace(const adaattn_forward_args* args, size_t* bytes) {
+  return workspace(args, bytes);
+}
+adaattn_status adaattn_backward_workspace(const adaattn_backward_args* args, size_t* bytes) {
+  return workspace(args, bytes);
+}
+
+adaattn_status adaattn_forward(const adaattn_forward_args* args) { return run(args); }
+adaattn_status adaattn_backward(const adaattn_backward_args* args) { return run(args); }
+
+adaattn_status adaattn_merge(const adaattn_merge_args* args) {
+  return guarded([&] {
+    validate(required(args, "args"));
+    cpu::merge(*args);
+  });
+}
+
+adaattn_status adaattn_reference_forward(const adaattn_forward_args* args, double* out, double* lse) {
+  return guarded([&] {
+    validate(required(args, "args"), Need::kInputs);
+    require_cpu(*args);
+    reference::forward(*args, out, lse);
+  });
+}
+
+adaattn_status adaattn_reference_backward(const adaattn_backward_args* args, double* dq, double* dk, double* dv) {
+  return guarded([&] {
+    validate(required(args, "args"), Need::kInputs);
+    require_cpu(*args);
+    required(dq, "dq"), required(dk, "dk"), required(dv, "dv");
+    reference::backward(*args, dq, dk, dv);
+  });
+}
+
+adaattn_status adaattn_describe(const adaattn_forward_args* args, char* json, size_t capacity, size_t* needed) {
+  return guarded([&] {
+    if (args != nullptr) validate(*args, Need::kShapesOnly);
+    const std::string text = describe(args);
+    if (needed != nullptr) *needed = text.size() + 1;
+    if (capacity == 0) return;
+    required(json, "json");
+    const std::size_t length = std::min(capacity - 1, text.size());
+    std::memcpy(json, text.data(), length);
+    json[length] = '\0';
+  });
+}
+
+}  // extern "C"

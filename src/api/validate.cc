@@ -1,0 +1,222 @@
+#include "api/validate.h"
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+#include "common/dtype.h"
+#include "common/error.h"
+#include "common/scratch.h"
+
+namespace adaattn {
+namespace {
+
+constexpr std::array kAxes = {"batch", "heads", "tokens", "dim"};
+
+std::string shape_text(const adaattn_tensor& t) {
+  return concat("[", t.shape[0], ", ", t.shape[1], ", ", t.shape[2], ", ", t.shape[3], "]");
+}
+
+bool aligned(const void* data, std::int64_t to) {
+  return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(to) == 0;
+}
+
+bool has_elements(const adaattn_tensor& t) {
+  return t.shape[0] != 0 && t.shape[1] != 0 && t.shape[2] != 0 && t.shape[3] != 0;
+}
+
+// Sizes and byte offsets must be representable: every kernel computes them in 64 bits without checking again.
+void check_extent(const char* name, const adaattn_tensor& t) {
+  std::int64_t count = 1, reach = 0;
+  bool overflow = false;
+  for (int axis = 0; axis < 4; ++axis) {
+    if (t.shape[axis] < 0) refuse(name, ".shape[", axis, "] (", kAxes[axis], ") is ", t.shape[axis], ", must be >= 0");
+    std::int64_t step = 0;
+    overflow |= __builtin_mul_overflow(count, t.shape[axis], &count);
+    overflow |= t.stride[axis] == INT64_MIN;
+    overflow = overflow ||
+               __builtin_mul_overflow(std::abs(t.stride[axis]), std::max<std::int64_t>(t.shape[axis] - 1, 0), &step);
+    overflow = overflow || __builtin_add_overflow(reach, step, &reach);
+  }
+  // 8 bytes an element covers every dtype here and the FP64 reference; one factor of 2^10 is kept for kernels' sums.
+  constexpr std::int64_t kMost = INT64_MAX / 8 / 1024;
+  if (overflow || count > kMost || reach > kMost)
+    refuse(name, " with shape ", shape_text(t), " and strides [", t.stride[0], ", ", t.stride[1], ", ", t.stride[2],
+           ", ", t.stride[3], "] is too large: sizes and offsets must stay below ", kMost, " elements");
+}
+
+void check_dtype_and_device(const char* name, const adaattn_tensor& t) {
+  if (t.dtype != ADAATTN_FLOAT32 && t.dtype != ADAATTN_FLOAT16 && t.dtype != ADAATTN_BFLOAT16)
+    refuse(name, ".dtype is ", t.dtype, " (", dtype_name(t.dtype), "), must be float32, float16 or bfloat16");
+  if (t.device != ADAATTN_CPU && t.device != ADAATTN_CUDA)
+    refuse(name, ".device is ", t.device, ", must be 0 (cpu) or 1 (cuda)");
+}
+
+void check_data(const char* name, const adaattn_tensor& t) {
+  if (!has_elements(t)) return;
+  if (t.data == nullptr) refuse(name, ".data is NULL, but its shape ", shape_text(t), " has elements");
+  if (!aligned(t.data, dtype_size(t.dtype)))
+    refuse(name, ".data is misaligned: address ", t.data, " is not a multiple of ", dtype_size(t.dtype),
+           " bytes, the size of ", dtype_name(t.dtype));
+}
+
+// A written tensor must not have two indices on one element; a stride of 0 is the way that happens in practice.
+void check_writable(const char* name, const adaattn_tensor& t) {
+  for (int axis = 0; axis < 4; ++axis)
+    if (t.stride[axis] == 0 && t.shape[axis] > 1)
+      refuse(name, ".stride[", axis, "] (", kAxes[axis], ") is 0, but it is written and has ", t.shape[axis],
+             " entries there: every element needs its own place");
+}
+
+void check_array(const char* name, const void* data, std::int64_t element_bytes) {
+  if (!aligned(data, element_bytes))
+    refuse(name, " is misaligned: address ", data, " is not a multiple of ", element_bytes, " bytes");
+}
+
+void check_like(const char* name, const adaattn_tensor& t, const adaattn_tensor& q) {
+  if (t.dtype != q.dtype) refuse(name, ".dtype is ", dtype_name(t.dtype), ", must be that of q, ", dtype_name(q.dtype));
+  if (t.device != q.device)
+    refuse(name, " is on ", device_name(t.device), ", must be where q is, on ", device_name(q.device));
+}
+
+void check_shape(const char* name, const adaattn_tensor& t, std::array<std::int64_t, 4> want, const char* meaning) {
+  for (int axis = 0; axis < 4; ++axis)
+    if (t.shape[axis] != want[axis])
+      refuse(name, ".shape is ", shape_text(t), ", must be ", meaning, " = [", want[0], ", ", want[1], ", ", want[2],
+             ", ", want[3], "]");
+}
+
+void check_tensor(const char* name, const adaattn_tensor& t, Need need) {
+  check_dtype_and_device(name, t);
+  check_extent(name, t);
+  if (need != Need::kShapesOnly) check_data(name, t);
+}
+
+void check_output(const char* name, const adaattn_tensor& t, const adaattn_tensor& q, std::array<std::int64_t, 4> want,
+                  const char* meaning, Need need) {
+  check_tensor(name, t, need);
+  check_like(name, t, q);
+  check_shape(name, t, want, meaning);
+  check_writable(name, t);
+}
+
+void check_options(const adaattn_options& o) {
+  if (!(o.error >= 0) || std::isinf(o.error))
+    refuse("options.error is ", o.error, ", must be a finite number >= 0 (0 is exact)");
+  if (o.has_scale != 0 && !std::isfinite(o.scale)) refuse("options.scale is ", o.scale, ", must be finite");
+  if (o.alignment != ADAATTN_TOP_LEFT && o.alignment != ADAATTN_BOTTOM_RIGHT)
+    refuse("options.alignment is ", o.alignment, ", must be 0 (top left) or 1 (bottom right)");
+  if (o.window_left < -1) refuse("options.window_left is ", o.window_left, ", must be >= 0, or -1 for no limit");
+  if (o.window_right < -1) refuse("options.window_right is ", o.window_right, ", must be >= 0, or -1 for no limit");
+  if (o.sinks < 0) refuse("options.sinks is ", o.sinks, ", must be >= 0");
+  if (o.num_threads < 0) refuse("options.num_threads is ", o.num_threads, ", must be >= 0 (0: OpenMP's default)");
+}
+
+void check_mask(const adaattn_tensor& mask, const adaattn_tensor& q, const adaattn_tensor& k, Need need) {
+  if (mask.data == nullptr) return;
+  if (mask.dtype != ADAATTN_BOOL && mask.dtype != ADAATTN_FLOAT32 && mask.dtype != q.dtype)
+    refuse("mask.dtype is ", dtype_name(mask.dtype), ", must be bool, float32 or that of q, ", dtype_name(q.dtype));
+  if (mask.device != q.device)
+    refuse("mask is on ", device_name(mask.device), ", must be where q is, on ", device_name(q.device));
+  check_extent("mask", mask);
+  if (need != Need::kShapesOnly) check_data("mask", mask);
+  const std::array<std::int64_t, 4> full = {q.shape[0], q.shape[1], q.shape[2], k.shape[2]};
+  for (int axis = 0; axis < 4; ++axis)
+    if (mask.shape[axis] != 1 && mask.shape[axis] != full[axis])
+      refuse("mask.shape is ", shape_text(mask), ", must be [B or 1, Hq or 1, Nq or 1, Nk or 1] with B = ", full[0],
+             ", Hq = ", full[1], ", Nq = ", full[2], ", Nk = ", full[3]);
+}
+
+// What forward and backward share: q, k, v, mask, key lengths and options.
+template <typename Args>
+void check_inputs(const Args& args, Need need) {
+  const adaattn_tensor &q = args.q, &k = args.k, &v = args.v;
+  check_tensor("q", q, need);
+  check_tensor("k", k, need);
+  check_tensor("v", v, need);
+  check_like("k", k, q);
+  check_like("v", v, q);
+  if (q.shape[3] < 1) refuse("q.shape is ", shape_text(q), ", the last dimension (D) must be >= 1");
+  if (v.shape[3] < 1) refuse("v.shape is ", shape_text(v), ", the last dimension (Dv) must be >= 1");
+  if (k.shape[1] < 1 || q.shape[1] % k.shape[1] != 0)
+    if (q.shape[1] != 0 || k.shape[1] != 0)
+      refuse("k has ", k.shape[1], " heads, q has ", q.shape[1], ": the heads of k must divide those of q");
+  check_shape("k", k, {q.shape[0], k.shape[1], k.shape[2], q.shape[3]}, "[B of q, Hk, Nk, D of q]");
+  check_shape("v", v, {q.shape[0], k.shape[1], k.shape[2], v.shape[3]}, "[B of q, Hk of k, Nk of k, Dv]");
+  check_options(args.options);
+  check_mask(args.mask, q, k, need);
+  if (need == Need::kShapesOnly || args.key_lengths == nullptr) return;
+  check_array("key_lengths", args.key_lengths, 8);
+  if (q.device != ADAATTN_CPU) return;  // a device pointer: kernels clamp it
+  for (std::int64_t b = 0; b < q.shape[0]; ++b)
+    if (args.key_lengths[b] < 0 || args.key_lengths[b] > k.shape[2])
+      refuse("key_lengths[", b, "] is ", args.key_lengths[b], ", must be in 0..Nk = ", k.shape[2]);
+}
+
+}  // namespace
+
+void validate(const adaattn_forward_args& args, Need need) {
+  check_inputs(args, need);
+  if (need == Need::kInputs) return;
+  check_output("out", args.out, args.q, {args.q.shape[0], args.q.shape[1], args.q.shape[2], args.v.shape[3]},
+               "[B, Hq, Nq, Dv]", need);
+  check_array("lse", args.lse, 4);
+  check_array("entropy", args.entropy, 4);
+  check_array("max_probability", args.max_probability, 4);
+}
+
+void validate(const adaattn_backward_args& args, Need need) {
+  check_inputs(args, need);
+  const adaattn_tensor &q = args.q, &k = args.k, &v = args.v;
+  const std::array<std::int64_t, 4> out = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]};
+  check_tensor("dout", args.dout, need);
+  check_like("dout", args.dout, q);
+  check_shape("dout", args.dout, out, "[B, Hq, Nq, Dv]");
+  if (need == Need::kInputs) return;
+  check_tensor("out", args.out, need);
+  check_like("out", args.out, q);
+  check_shape("out", args.out, out, "[B, Hq, Nq, Dv]");
+  check_output("dq", args.dq, q, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "that of q", need);
+  check_output("dk", args.dk, q, {k.shape[0], k.shape[1], k.shape[2], k.shape[3]}, "that of k", need);
+  check_output("dv", args.dv, q, {v.shape[0], v.shape[1], v.shape[2], v.shape[3]}, "that of v", need);
+  if (need == Need::kShapesOnly) return;
+  if (args.lse == nullptr && out[0] * out[1] * out[2] != 0) refuse("lse is NULL, must be [B, Hq, Nq] float32");
+  check_array("lse", args.lse, 4);
+}
+
+void validate(const adaattn_merge_args& args) {
+  if (args.count < 1) refuse("count is ", args.count, ", must be >= 1");
+  if (args.parts == nullptr) refuse("parts is NULL");
+  if (args.part_lses == nullptr) refuse("part_lses is NULL");
+  if (args.num_threads < 0) refuse("num_threads is ", args.num_threads, ", must be >= 0 (0: OpenMP's default)");
+  const adaattn_tensor& first = args.parts[0];
+  for (std::int64_t i = 0; i < args.count; ++i) {
+    const std::string name = concat("parts[", i, "]");
+    check_tensor(name.c_str(), args.parts[i], Need::kAll);
+    check_like(name.c_str(), args.parts[i], first);
+    check_shape(name.c_str(), args.parts[i], {first.shape[0], first.shape[1], first.shape[2], first.shape[3]},
+                "that of parts[0]");
+    if (args.part_lses[i] == nullptr && has_elements(first)) refuse("part_lses[", i, "] is NULL");
+    check_array(concat("part_lses[", i, "]").c_str(), args.part_lses[i], 4);
+  }
+  check_output("out", args.out, first, {first.shape[0], first.shape[1], first.shape[2], first.shape[3]},
+               "that of parts[0]", Need::kAll);
+  check_array("lse", args.lse, 4);
+  if (first.device != ADAATTN_CPU)
+    throw StatusError(ADAATTN_UNSUPPORTED,
+                      concat("parts are on ", device_name(first.device), ", merge takes cpu tensors only"));
+}
+
+void validate_workspace(const void* workspace, std::size_t bytes, std::size_t needed) {
+  if (needed == 0) return;
+  if (workspace == nullptr || bytes < needed)
+    throw StatusError(ADAATTN_WORKSPACE_TOO_SMALL,
+                      concat("workspace has ", workspace == nullptr ? 0 : bytes, " bytes, needs ", needed,
+                             " (ask the matching *_workspace function)"));
+  if (!aligned(workspace, Scratch::kAlignment))
+    refuse("workspace is misaligned: address ", workspace, " is not a multiple of ", Scratch::kAlignment, " bytes");
+}
+
+}  // namespace adaattn

@@ -1,0 +1,21 @@
+// The rows of the implementation table that run on CUDA devices. no_cuda.cc answers in builds without nvcc.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "dispatch/kernel_table.h"
+
+namespace adaattn::cuda {
+
+std::span<const ForwardKernel> forward_kernels();
+std::span<const BackwardKernel> backward_kernels();
+
+// One line per device: name, compute capability, memory. Empty without a device or driver.
+std::vector<std::string> devices();
+
+// Why no device can be used; empty if one can.
+std::string unavailable_reason();
+
+}  // namespace adaattn::cuda
