@@ -76,6 +76,23 @@ void forward(const adaattn_forward_args& args, double* out, double* lse) {
       }
 }
 
+void statistics(const adaattn_forward_args& args, float* entropy, float* max_probability) {
+  const std::int64_t batch = args.q.shape[0], heads = args.q.shape[1], nq = args.q.shape[2];
+#pragma omp parallel for collapse(3)
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t h = 0; h < heads; ++h)
+      for (std::int64_t i = 0; i < nq; ++i) {
+        double row_entropy = 0, top = 0;
+        for (const double p : softmax_row(args, b, h, i).p) {
+          if (p != 0) row_entropy -= p * std::log(p);
+          if (!(p <= top)) top = p;  // NaN wins
+        }
+        const std::int64_t at = (b * heads + h) * nq + i;
+        if (entropy != nullptr) entropy[at] = static_cast<float>(row_entropy);
+        if (max_probability != nullptr) max_probability[at] = static_cast<float>(top);
+      }
+}
+
 void backward(const adaattn_backward_args& args, double* dq, double* dk, double* dv) {
   const std::int64_t batch = args.q.shape[0], heads = args.q.shape[1], nq = args.q.shape[2], d = args.q.shape[3];
   const std::int64_t key_heads = args.k.shape[1], nk = args.k.shape[2], dim_v = args.v.shape[3];

@@ -55,6 +55,7 @@ void run_forward(const adaattn_forward_args& args) {
   if (args.lse != nullptr)
     for (std::size_t i = 0; i < elements(args.out) / static_cast<std::size_t>(args.out.shape[3]); ++i)
       args.lse[i] = static_cast<float>(arrays.lse[i]);
+  if (args.entropy != nullptr || args.max_probability != nullptr) statistics(args, args.entropy, args.max_probability);
 }
 
 void run_backward(const adaattn_backward_args& args) {
@@ -68,17 +69,11 @@ void run_backward(const adaattn_backward_args& args) {
 
 Reasons always_available() { return {}; }
 
-Reasons declines_statistics(const adaattn_forward_args& args) {
-  return Reasons()
-      .unless(args.entropy == nullptr, "does not compute the entropy")
-      .unless(args.max_probability == nullptr, "does not compute the largest probability");
-}
-
 constexpr std::array kForward = {ForwardKernel{.name = "reference_fp64",
                                                .summary = "plain FP64 attention, slow; any head size",
                                                .device = ADAATTN_CPU,
                                                .unavailable = always_available,
-                                               .declines = declines_statistics,
+                                               .declines = [](const adaattn_forward_args&) { return Reasons(); },
                                                .workspace = workspace<adaattn_forward_args>,
                                                .run = run_forward}};
 
