@@ -1,9 +1,41 @@
 #include "cpu/cpu_kernels.h"
 
-namespace adaattn::cpu {
+#include <hwy/highway.h>
 
-std::span<const ForwardKernel> forward_kernels() { return {}; }
+#include <array>
+
+#include "cpu/forward.h"
+#include "cpu/forward_plan.h"
+
+namespace adaattn::cpu {
+namespace {
+
+Reasons always_available() { return {}; }
+
+template <typename Args>
+Reasons declines(const Args& args) {
+  return Reasons()
+      .unless(args.q.shape[3] <= kMaxHeadDim, "head size D is above 256")
+      .unless(args.v.shape[3] <= kMaxHeadDim, "head size Dv is above 256");
+}
+
+constexpr std::array kForward = {ForwardKernel{.name = "cpu_flash",
+                                               .summary = "tiled online softmax in float32 on vector units",
+                                               .device = ADAATTN_CPU,
+                                               .unavailable = always_available,
+                                               .declines = declines<adaattn_forward_args>,
+                                               .workspace = forward_workspace,
+                                               .run = forward}};
+
+}  // namespace
+
+std::span<const ForwardKernel> forward_kernels() { return kForward; }
 std::span<const BackwardKernel> backward_kernels() { return {}; }
-std::vector<std::string> instruction_sets() { return {}; }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) names.emplace_back(hwy::TargetName(target));
+  return names;
+}
 
 }  // namespace adaattn::cpu

@@ -1,0 +1,252 @@
+// Exact forward attention on the CPU, one source for every instruction set.
+//
+// Queries lie along the vector lanes: the scores of a tile are S^T = K Q^T with K read as it lies in memory, one
+// broadcast key element at a time, so that neither K nor V is ever packed, the softmax needs no reduction across lanes,
+// and out^T += V^T P^T reads V as it lies, too. Only the block's few query rows are transposed, once on their way in
+// and once on their way out.
+#include "cpu/forward.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/forward.cc"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/forward_plan.h"
+#include "cpu/non_finite.h"
+#include "cpu/online_softmax-inl.h"
+#include "cpu/panel_mask.h"
+#include "cpu/rows.h"
+#include "cpu/simd/micro_gemm-inl.h"
+#include "cpu/simd/rows-inl.h"
+#include "cpu/threads.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace adaattn::cpu {
+namespace HWY_NAMESPACE {
+
+// The part of a tile of keys that one panel works on.
+struct KeyTile {
+  std::int64_t first;  // its first key
+  FloatRows k, v;
+};
+
+struct Panel {
+  PanelRows rows;
+  const float* q;             // [D][kPanelLanes]
+  float *out, *compensation;  // [Dv][kPanelLanes]
+  RowState state;
+};
+
+HWY_INLINE Panel panel_at(const ForwardPlan& plan, const ForwardScratch& scratch, const PanelRows& block,
+                          std::size_t index) {
+  const auto d = static_cast<std::size_t>(plan.args->q.shape[3]), dv = static_cast<std::size_t>(plan.args->v.shape[3]);
+  const auto first = static_cast<std::int64_t>(index * kPanelLanes);
+  PanelRows rows = block;
+  rows.first += first;
+  rows.count = std::min(static_cast<std::int64_t>(kPanelLanes), block.count - first);
+  return {.rows = rows,
+          .q = scratch.q_panels + index * d * kPanelLanes,
+          .out = scratch.out + index * dv * kPanelLanes,
+          .compensation = scratch.compensation + index * dv * kPanelLanes,
+          .state = RowState(scratch.state + index * RowState::kValues * kPanelLanes)};
+}
+
+// Calls visit(tensor_row_run, first_lane, count) for each run of the panel's rows that lies in one head of the tensor.
+template <class Visit>
+HWY_INLINE void for_each_run(const adaattn_tensor& tensor, const PanelRows& rows, Visit visit) {
+  for (std::int64_t done = 0; done < rows.count;) {
+    const std::int64_t row = rows.first + done;
+    const std::int64_t count = std::min(rows.count - done, rows.nq - rows.query_of(row));
+    visit(rows_of(tensor, rows.b, rows.head_of(row), rows.query_of(row)), static_cast<std::size_t>(done),
+          static_cast<std::size_t>(count));
+    done += count;
+  }
+}
+
+HWY_NOINLINE void begin_panel(const ForwardPlan& plan, const ForwardScratch& scratch, const Panel& panel) {
+  const auto d = static_cast<std::size_t>(plan.args->q.shape[3]), dv = static_cast<std::size_t>(plan.args->v.shape[3]);
+  auto* q = const_cast<float*>(panel.q);
+  std::fill_n(q, d * kPanelLanes, 0.0F);
+  for_each_run(plan.args->q, panel.rows, [&](const Rows& rows, std::size_t lane, std::size_t count) HWY_ATTR {
+    const FloatRows source = float_rows(rows, count, d, scratch.rows);
+    transpose(source.data, source.ld, count, d, plan.scale, q + lane, kPanelLanes);
+  });
+  std::fill_n(panel.out, dv * kPanelLanes, 0.0F);
+  std::fill_n(panel.compensation, dv * kPanelLanes, 0.0F);
+  panel.state.clear();
+}
+
+// Sums so far are relative to 2^reference: moves them to the new references.
+HWY_NOINLINE void rescale(const Panel& panel, std::size_t dv, Pair old_reference, Pair factor) {
+  const FloatTag d;
+  const RowState& state = panel.state;
+  scale_rows(panel.out, dv, factor);
+  scale_rows(panel.compensation, dv, factor);
+  const Pair now = load_pair(state.reference), sum = load_pair(state.sum), moment = load_pair(state.moment);
+  const auto moved = [&](FloatVector m, FloatVector s, FloatVector before, FloatVector after, FloatVector f) HWY_ATTR {
+    const FloatVector shifted = hn::Mul(f, hn::MulAdd(hn::Sub(before, after), s, m));
+    return hn::IfThenZeroElse(hn::Eq(s, hn::Zero(d)), shifted);
+  };
+  store_pair({moved(moment.low, sum.low, old_reference.low, now.low, factor.low),
+              moved(moment.high, sum.high, old_reference.high, now.high, factor.high)},
+             state.moment);
+  scale_rows(state.sum, 1, factor);
+  scale_rows(state.compensation, 1, factor);
+}
+
+template <bool kMasked>
+HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
+                            const Panel& panel, const KeyTile& tile, const TileView& view) {
+  const FloatTag d;
+  const adaattn_forward_args& args = *plan.args;
+  const auto dim = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
+  const auto offset = static_cast<std::size_t>(view.begin - tile.first);
+  const auto keys = static_cast<std::size_t>(view.end - view.begin);
+
+  Pair top = {hn::Set(d, kNegativeInfinity), hn::Set(d, kNegativeInfinity)};
+  StoreScores store_scores{scratch.scores, &top};
+  panel_gemm<ALayout::kRowMajor>(keys, tile.k.data + offset * tile.k.ld, tile.k.ld, panel.q, kPanelLanes, dim,
+                                 store_scores);
+  if constexpr (kMasked) {
+    const bool terms = args.mask.data != nullptr;
+    if (terms) fill_mask_terms(args.mask, panel.rows, view.begin, view.end, kPanelLanes, scratch.bias);
+    const LaneBounds<kPanelLanes> bounds(visibility, panel.rows, tile.first);
+    top = mask_scores(scratch.scores, keys, static_cast<std::int32_t>(offset), bounds, terms ? scratch.bias : nullptr);
+  }
+
+  const Pair old_reference = load_pair(panel.state.reference);
+  bool moved = false;
+  const FloatVector low = follow_reference(panel.state.reference, panel.state.top, top.low, moved);
+  const FloatVector high =
+      follow_reference(panel.state.reference + kVectorLanes, panel.state.top + kVectorLanes, top.high, moved);
+  if (moved) rescale(panel, dv, old_reference, {low, high});
+  if (args.entropy != nullptr)
+    exponentiate<kMasked, true>(scratch.scores, keys, panel.state);
+  else
+    exponentiate<kMasked, false>(scratch.scores, keys, panel.state);
+
+  const float* v = tile.v.data + offset * tile.v.ld;
+  AddCompensated add{panel.out, panel.compensation};
+  if constexpr (kMasked) {
+    if (!all_finite(v, tile.v.ld, keys, dv)) {
+      add_non_finite(v, tile.v.ld, keys, dv, scratch.scores, kPanelLanes, panel.out);
+      v = clean_copy(v, tile.v.ld, keys, dv, scratch.v_clean);
+      panel_gemm<ALayout::kTransposed>(dv, v, dv, scratch.scores, kPanelLanes, keys, add);
+      return;
+    }
+  }
+  panel_gemm<ALayout::kTransposed>(dv, v, tile.v.ld, scratch.scores, kPanelLanes, keys, add);
+}
+
+HWY_NOINLINE void attend_tile(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
+                              const Panel& panel, const KeyTile& tile, const TileView& view) {
+  if (view.all_visible && plan.args->mask.data == nullptr)
+    attend_part<false>(plan, scratch, visibility, panel, tile, view);
+  else
+    attend_part<true>(plan, scratch, visibility, panel, tile, view);
+}
+
+// out = sums / sum of probabilities, LSE and the statistics of the panel's rows.
+HWY_NOINLINE void finish_panel(const ForwardPlan& plan, const ForwardScratch& scratch, const Panel& panel) {
+  const adaattn_forward_args& args = *plan.args;
+  const auto dv = static_cast<std::size_t>(args.v.shape[3]);
+  const RowState& state = panel.state;
+  float inverse[kPanelLanes];
+  for (std::size_t lane = 0; lane < static_cast<std::size_t>(panel.rows.count); ++lane) {
+    const double sum = state.sum[lane], log_sum = std::log(sum);
+    constexpr double kLn2 = 0.69314718055994530942;
+    inverse[lane] = sum == 0 ? 0.0F : static_cast<float>(1 / sum);
+    const auto at = (panel.rows.b * args.q.shape[1] + panel.rows.first_head) * panel.rows.nq + panel.rows.first +
+                    static_cast<std::int64_t>(lane);
+    if (args.lse != nullptr) args.lse[at] = static_cast<float>(state.reference[lane] * kLn2 + log_sum);
+    if (args.entropy != nullptr)
+      args.entropy[at] = sum == 0 ? 0.0F : static_cast<float>(std::max(0.0, log_sum - kLn2 * state.moment[lane] / sum));
+    if (args.max_probability != nullptr)
+      args.max_probability[at] =
+          sum == 0 ? 0.0F : static_cast<float>(std::exp(state.top[lane] - state.reference[lane] * kLn2) / sum);
+  }
+  transpose(panel.out, kPanelLanes, dv, kPanelLanes, 1.0F, scratch.rows, dv);
+  for_each_run(args.out, panel.rows, [&](const Rows& rows, std::size_t lane, std::size_t count) HWY_ATTR {
+    store_rows(scratch.rows + lane * dv, dv, inverse + lane, count, rows);
+  });
+}
+
+void forward_task(const ForwardPlan& plan, std::int64_t task, const ForwardScratch& scratch) {
+  const adaattn_forward_args& args = *plan.args;
+  const auto d = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
+  const std::int64_t head = task / plan.blocks, b = head / args.k.shape[1], key_head = head % args.k.shape[1];
+  // The last blocks see the most keys under a causal mask: they go first, so that no long task is left for the end.
+  const std::int64_t first = (plan.blocks - 1 - task % plan.blocks) * plan.block;
+  const PanelRows block = {.b = b,
+                           .first_head = key_head * plan.group,
+                           .nq = args.q.shape[2],
+                           .first = first,
+                           .count = std::min(plan.block, plan.rows - first)};
+  const Visibility visibility = visibility_of(plan, b);
+  const std::size_t panels = (static_cast<std::size_t>(block.count) + kPanelLanes - 1) / kPanelLanes;
+  for (std::size_t p = 0; p < panels; ++p) begin_panel(plan, scratch, panel_at(plan, scratch, block, p));
+
+  const KeyRange range = visible_keys(visibility, block.first_query(), block.last_query());
+  const KeyRange segments[] = {{.sink_end = 0, .begin = 0, .end = range.sink_end}, range};
+  constexpr auto kTile = static_cast<std::int64_t>(kKeyTile);
+  for (const KeyRange& segment : segments)
+    for (std::int64_t begin = segment.begin; begin < segment.end; begin += kTile) {
+      const std::int64_t end = std::min(begin + kTile, segment.end);
+      const auto keys = static_cast<std::size_t>(end - begin);
+      const KeyTile tile = {.first = begin,
+                            .k = float_rows(rows_of(args.k, b, key_head, begin), keys, d, scratch.k_tile),
+                            .v = float_rows(rows_of(args.v, b, key_head, begin), keys, dv, scratch.v_tile)};
+      for (std::size_t p = 0; p < panels; ++p) {
+        const Panel panel = panel_at(plan, scratch, block, p);
+        const TileView view = view_tile(visibility, panel.rows, begin, end);
+        if (view.begin < view.end) attend_tile(plan, scratch, visibility, panel, tile, view);
+      }
+    }
+  for (std::size_t p = 0; p < panels; ++p) finish_panel(plan, scratch, panel_at(plan, scratch, block, p));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace adaattn::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace adaattn::cpu {
+
+HWY_EXPORT(forward_task);
+
+namespace {
+
+ForwardScratch lay_out_thread(const adaattn_forward_args& args, Scratch& scratch, int thread) {
+  ForwardScratch result{};
+  for (int t = 0; t <= thread; ++t) result = lay_out(args, scratch);
+  return result;
+}
+
+}  // namespace
+
+std::size_t forward_workspace(const adaattn_forward_args& args) {
+  Scratch scratch(nullptr);
+  lay_out_thread(args, scratch, thread_count(args.options.num_threads) - 1);
+  return scratch.bytes();
+}
+
+void forward(const adaattn_forward_args& args) {
+  const int threads = thread_count(args.options.num_threads);
+  const ForwardPlan plan = make_forward_plan(args, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch(args.workspace);
+    const ForwardScratch mine = lay_out_thread(args, scratch, omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t task = 0; task < plan.tasks; ++task) HWY_DYNAMIC_DISPATCH(forward_task)(plan, task, mine);
+  }
+}
+
+}  // namespace adaattn::cpu
+#endif
