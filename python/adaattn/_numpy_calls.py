@@ -1,0 +1,131 @@
+"""attention, merge, reference and describe on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from adaattn import _calls
+from adaattn._arrays import Array, View, check_array, contiguous_view, key_lengths_array, mask_view, view
+from adaattn._options import CallOptions
+from adaattn._shapes import check_heads, check_output_size
+
+_ALIGNMENT = 64
+
+
+class _Problem:
+    """The checked inputs of one call as views, and the arrays that keep them alive."""
+
+    def __init__(self, q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool) -> None:
+        self.q, self.k, self.v = view("q", q), view("k", k), view("v", v)
+        check_heads(q.shape, k.shape, v.shape, enable_gqa)
+        self.mask = None if attn_mask is None else mask_view(attn_mask)
+        self.lengths = None if key_lengths is None else key_lengths_array(key_lengths, q.shape[0])
+        self.lengths_address = 0 if self.lengths is None else int(self.lengths.ctypes.data)
+        self.out_shape = (*q.shape[:3], v.shape[3])
+        check_output_size(self.out_shape)
+
+
+class _Workspace:
+    """Memory for one call."""
+
+    def __call__(self, size: int) -> int:
+        self.memory = np.empty(size + _ALIGNMENT - 1, np.uint8)
+        return -(-int(self.memory.ctypes.data) // _ALIGNMENT) * _ALIGNMENT
+
+
+def attention(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """(out, lse, entropy, max_probability); the last two only if statistics are wanted."""
+    problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
+    out = np.empty(problem.out_shape, q.dtype)
+    lse = np.empty(q.shape[:3], np.float32)
+    entropy = np.empty(q.shape[:3], np.float32) if statistics else None
+    max_probability = np.empty(q.shape[:3], np.float32) if statistics else None
+    _calls.forward(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.mask,
+        contiguous_view(out),
+        lse.ctypes.data,
+        0 if entropy is None else entropy.ctypes.data,
+        0 if max_probability is None else max_probability.ctypes.data,
+        problem.lengths_address,
+        options,
+        num_threads=0,
+        stream=0,
+        allocate=_Workspace(),
+    )
+    return out, lse, entropy, max_probability
+
+
+def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
+    """What the table says about the problem, as JSON text."""
+    problem = _Problem(q, k, v, attn_mask, None, enable_gqa)
+    out: View = (0, *problem.q[1:3], *problem.out_shape, 0, 0, 0, 0)
+    return _calls.describe((problem.q, problem.k, problem.v, problem.mask, packed(out)), statistics, options)
+
+
+def packed(shaped: View) -> View:
+    """The same view with the strides of contiguous memory."""
+    _, h, n, d = shaped[3:7]
+    return (*shaped[:7], h * n * d, n * d, d, 1)
+
+
+def reference(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
+) -> tuple[Array, Array]:
+    """(out, lse) in float64."""
+    problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
+    out, lse = np.empty(problem.out_shape, np.float64), np.empty(q.shape[:3], np.float64)
+    _calls.reference_forward(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.mask,
+        problem.lengths_address,
+        options,
+        out.ctypes.data,
+        lse.ctypes.data,
+    )
+    return out, lse
+
+
+def reference_backward(
+    q: Any, k: Any, v: Any, dout: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) in float64."""
+    problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
+    gradients = tuple(np.empty(array.shape, np.float64) for array in (q, k, v))
+    _calls.reference_backward(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.mask,
+        view("dout", dout),
+        problem.lengths_address,
+        options,
+        *(gradient.ctypes.data for gradient in gradients),
+    )
+    return gradients  # type: ignore[return-value]
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Array, Array]:
+    """(out, lse) of all parts."""
+    views = [view(f"outs[{index}]", part) for index, part in enumerate(outs)]
+    part_lses = []
+    for index, (lse, part) in enumerate(zip(lses, outs, strict=True)):
+        check_array(f"lses[{index}]", lse)
+        if lse.dtype != np.float32:
+            raise TypeError(f"lses[{index}] has dtype {lse.dtype}, must be float32")
+        if lse.shape != part.shape[:3]:
+            raise ValueError(f"lses[{index}] has shape {lse.shape}, must be {part.shape[:3]}, (B, H, N) of its part")
+        part_lses.append(np.require(lse, requirements=["C", "A"]))
+    out, merged_lse = np.empty(outs[0].shape, outs[0].dtype), np.empty(outs[0].shape[:3], np.float32)
+    addresses = [int(lse.ctypes.data) for lse in part_lses]
+    _calls.merge(views, addresses, contiguous_view(out), int(merged_lse.ctypes.data), num_threads=0)
+    return out, merged_lse

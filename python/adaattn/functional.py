@@ -1,0 +1,259 @@
+"""Attention as functions on NumPy arrays and torch tensors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from adaattn import _numpy_calls, _options
+from adaattn._calls import describe as _describe_library
+from adaattn._options import Alignment, CallOptions, Window
+from adaattn.metrics import Metrics
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    error: float = 0.0,
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    return_metrics: bool = False,
+    alignment: Alignment = "top_left",
+    window: Window | None = None,
+    sinks: int = 0,
+    key_lengths: Any = None,
+    kernel: str | None = None,
+) -> Any:
+    """softmax(scale * q k^T + mask) v for every batch entry and head, without ever holding the scores.
+
+    All of q, k, v and attn_mask are NumPy arrays, or all are torch tensors on one device. They may have any strides and
+    are never copied. With torch it is an operator with autograd (for q, k and v) that works under torch.compile.
+
+    Args:
+        q: Queries (B, Hq, Nq, D) in float32, float16 or bfloat16 (NumPy: of the package ml_dtypes).
+        k: Keys (B, Hk, Nk, D), dtype of q.
+        v: Values (B, Hk, Nk, Dv), dtype of q.
+        error: Budget for the relative Frobenius error of each (batch, query head) of the output before it is rounded
+            to its dtype, >= 0. 0 asks for exact attention. This version has exact kernels only: they meet every
+            budget, and the metrics say that they ran.
+        is_causal: Hide every key after the diagonal. As in torch, not together with attn_mask.
+        attn_mask: 1 to 4 dimensions, broadcastable to (B, Hq, Nq, Nk). Bool: True shows the key. Float32 or the dtype
+            of q: added to the scaled scores. It gets no gradient; one that requires it is refused.
+        scale: Finite factor on q k^T; None is 1 / sqrt(D).
+        enable_gqa: Allow Hk < Hq where Hk divides Hq; query head h reads key head h * Hk // Hq.
+        return_lse: Also return the natural log of each row's sum of exponentials, (B, Hq, Nq) in float32, -inf where a
+            row sees no key. It is not differentiable.
+        return_metrics: Also return an `adaattn.Metrics`.
+        alignment: Where the diagonal of is_causal and window lies if Nq != Nk: "top_left" puts query 0 at key 0 (as
+            torch does), "bottom_right" the last query at the last key (queries that follow a KV cache).
+        window: (left, right): hide keys more than left before or right after the diagonal; None is no limit.
+        sinks: So many first keys stay visible left of the window (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
+        key_lengths: (B,) integers in 0..Nk; keys at and after them are hidden and never read.
+        kernel: Name of the only kernel to consider (`adaattn info` lists them); None takes the first that fits.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the dtype of q, or (out[, lse][, metrics]). Rows that see no key are 0. NumPy: C order;
+        torch: the order of dimensions in memory that q has, (B, N, H, D) or (B, H, N, D).
+
+    Raises:
+        TypeError, ValueError: an argument is malformed or two do not fit together; the message names it.
+        NotImplementedError: well-formed, but no kernel takes it; the message has each kernel's reasons.
+    """
+    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel)
+    _refuse_both(is_causal, attn_mask)
+    calls = _calls_for(q)
+    gqa = _options.flag("enable_gqa", enable_gqa)
+    if not return_lse and not return_metrics and calls is not _numpy_calls:
+        return calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)[0]
+    out, lse, entropy, max_probability = calls.attention(
+        q, k, v, attn_mask, key_lengths, gqa, bool(return_metrics), options
+    )
+    result = [out]
+    if return_lse:
+        result.append(lse)
+    if return_metrics:
+        facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options))
+        result.append(_metrics(facts, q, k, entropy, max_probability, options))
+    return tuple(result) if len(result) > 1 else out
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+    """Merges attention over disjoint sets of keys into attention over their union, as ring attention needs it.
+
+    lse = log sum_i exp(lses[i]) and out = sum_i exp(lses[i] - lse) outs[i] (Liu et al. 2023, arXiv 2310.01889). Parts
+    whose lse is -inf do not count.
+
+    Args:
+        outs: One (B, H, N, D) output per set of keys, all of one dtype.
+        lses: One (B, H, N) float32 LSE for each, from `attention(..., return_lse=True)`.
+
+    Returns:
+        (out, lse) over the union.
+
+    Raises:
+        TypeError, ValueError: the parts do not fit together, or there are none.
+        NotImplementedError: a part requires grad; the gradient needs the merged results, see docs of
+            `torch.ops.adaattn.backward`.
+    """
+    for name, value in (("outs", outs), ("lses", lses)):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} is of type {type(value).__name__}, must be a list or tuple of parts")
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"outs has {len(outs)} parts and lses {len(lses)}, must be the same and at least 1")
+    merged: tuple[Any, Any] = _calls_for(outs[0], "outs[0]").merge(outs, lses)
+    return merged
+
+
+def reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alignment: Alignment = "top_left",
+    window: Window | None = None,
+    sinks: int = 0,
+    key_lengths: Any = None,
+) -> tuple[Any, Any]:
+    """The same attention in FP64, slow: the truth that errors are measured against.
+
+    Arguments as in `attention`, on NumPy arrays or CPU tensors; there is no autograd, see `reference_backward`.
+
+    Returns:
+        (out, lse), (B, Hq, Nq, Dv) and (B, Hq, Nq), both float64.
+    """
+    options = _options.make_options(0.0, is_causal, scale, alignment, window, sinks, None)
+    _refuse_both(is_causal, attn_mask)
+    gqa = _options.flag("enable_gqa", enable_gqa)
+    result: tuple[Any, Any] = _calls_for(q).reference(q, k, v, attn_mask, key_lengths, gqa, options)
+    return result
+
+
+def reference_backward(
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    *,
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alignment: Alignment = "top_left",
+    window: Window | None = None,
+    sinks: int = 0,
+    key_lengths: Any = None,
+) -> tuple[Any, Any, Any]:
+    """Gradients of `reference` in FP64 for the gradient dout (B, Hq, Nq, Dv) of its output, in the dtype of q.
+
+    Returns:
+        (dq, dk, dv) in the shapes of q, k and v, all float64.
+    """
+    options = _options.make_options(0.0, is_causal, scale, alignment, window, sinks, None)
+    _refuse_both(is_causal, attn_mask)
+    gqa = _options.flag("enable_gqa", enable_gqa)
+    result: tuple[Any, Any, Any] = _calls_for(q).reference_backward(q, k, v, dout, attn_mask, key_lengths, gqa, options)
+    return result
+
+
+def describe(
+    q: Any = None,
+    k: Any = None,
+    v: Any = None,
+    *,
+    error: float = 0.0,
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_metrics: bool = False,
+    alignment: Alignment = "top_left",
+    window: Window | None = None,
+    sinks: int = 0,
+    kernel: str | None = None,
+) -> dict[str, Any]:
+    """What this machine can run, or with q, k and v which kernels would take that call of `attention`.
+
+    Returns:
+        version, instruction_sets, cuda_devices, cuda_unavailable (a reason, or ""), and kernels: the whole table in
+        order, each with name, operation, device, summary and unavailable (reasons why this machine cannot run it).
+        With q, k and v only the forward kernels, each also with declines (reasons why it does not take the call), and
+        chosen, the name of the one that runs.
+
+    Raises:
+        As `attention`; NotImplementedError if no kernel takes the call.
+    """
+    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel)
+    _refuse_both(is_causal, attn_mask)
+    if q is None and k is None and v is None:
+        text = _describe_library(None, False, CallOptions())
+    else:
+        gqa = _options.flag("enable_gqa", enable_gqa)
+        text = _calls_for(q).describe(q, k, v, attn_mask, gqa, bool(return_metrics), options)
+    facts: dict[str, Any] = json.loads(text)
+    return facts
+
+
+def _calls_for(value: Any, name: str = "q") -> ModuleType:
+    if isinstance(value, np.ndarray):
+        return _numpy_calls
+    if "torch" in sys.modules:  # else it cannot be a tensor, and torch takes a second to import
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            from adaattn import _torch_calls
+
+            return _torch_calls
+    raise TypeError(f"{name} is of type {type(value).__name__}, must be a NumPy array or a torch tensor")
+
+
+def _refuse_both(is_causal: bool, attn_mask: Any) -> None:
+    if is_causal and attn_mask is not None:
+        raise ValueError("is_causal and attn_mask are both set, must be one: put the causal part into attn_mask")
+
+
+def _metrics(
+    facts: dict[str, Any], q: Any, k: Any, entropy: Any, max_probability: Any, options: CallOptions
+) -> Metrics:
+    b, h, nq, _ = q.shape
+    chosen = facts["chosen"]
+    return Metrics(
+        kernel=chosen,
+        form="dense",
+        compute_precision="float64" if chosen == "reference_fp64" else "float32",
+        error_budget=options.error,
+        entropy=_row_mean(entropy),
+        max_probability=_row_mean(max_probability),
+        memory_saved_gb=b * h * nq * k.shape[2] * q.dtype.itemsize / 1e9,
+        fallback=_fallback(facts, options),
+    )
+
+
+def _row_mean(rows: Any) -> Any:
+    return rows.sum(-1) / rows.shape[-1] if rows.shape[-1] else rows.sum(-1) + float("nan")
+
+
+def _fallback(facts: dict[str, Any], options: CallOptions) -> str | None:
+    reasons = []
+    if options.error > 0:
+        reasons.append(f"no adaptive kernel in this version, the exact one meets error={options.error:g}")
+    if options.kernel is None:
+        for kernel in facts["kernels"]:
+            if kernel["name"] == facts["chosen"]:
+                break
+            if kernel["takes_device"]:
+                reasons.append(f"{kernel['name']}: " + ", ".join(kernel["unavailable"] + kernel["declines"]))
+    return "; ".join(reasons) or None
