@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/forward_plan.h"
 
@@ -27,10 +28,18 @@ constexpr std::array kForward = {ForwardKernel{.name = "cpu_flash",
                                                .workspace = forward_workspace,
                                                .run = forward}};
 
+constexpr std::array kBackward = {BackwardKernel{.name = "cpu_flash",
+                                                 .summary = "tiled recomputation in float32 on vector units",
+                                                 .device = ADAATTN_CPU,
+                                                 .unavailable = always_available,
+                                                 .declines = declines<adaattn_backward_args>,
+                                                 .workspace = backward_workspace,
+                                                 .run = backward}};
+
 }  // namespace
 
 std::span<const ForwardKernel> forward_kernels() { return kForward; }
-std::span<const BackwardKernel> backward_kernels() { return {}; }
+std::span<const BackwardKernel> backward_kernels() { return kBackward; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
