@@ -84,6 +84,12 @@ def contiguous_view(array: Array) -> View:
     return _strided("out", array, code)
 
 
+def packed(dtype: int, device: int, shape: tuple[int, int, int, int]) -> View:
+    """View of contiguous memory that does not exist, for questions about a call."""
+    b, h, n, d = shape
+    return 0, dtype, device, b, h, n, d, h * n * d, n * d, d, 1
+
+
 def _dtype_text(dtype: np.dtype[Any]) -> str:
     return str(dtype) if dtype.isnative else f"{dtype} (byte-swapped)"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import addressof, byref
+from typing import NamedTuple
 
 from adaattn import _library
 from adaattn._arrays import NO_VIEW, View
@@ -18,6 +19,15 @@ _BACKWARD = _library.packer(_library.BackwardArgs)
 Allocator = Callable[[int], int]
 
 
+class Execution(NamedTuple):
+    """Where and how a call runs."""
+
+    allocate: Allocator
+    num_threads: int = 0  # 0: OpenMP's default
+    deterministic: bool = False
+    stream: int = 0
+
+
 def forward(
     q: View,
     k: View,
@@ -29,24 +39,23 @@ def forward(
     max_probability: int,
     key_lengths: int,
     options: CallOptions,
-    num_threads: int,
-    stream: int,
-    allocate: Allocator,
+    execution: Execution,
 ) -> None:
-    """adaattn_forward with a workspace from allocate; lse to key_lengths are addresses, 0 for none."""
+    """adaattn_forward with a workspace of its own; lse to key_lengths are addresses, 0 for none."""
     library = _library.library()
     args = _library.ForwardArgs()
     name = _kernel_name(options)
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
-        *options.flat(num_threads, addressof(name) if name else 0), 0, 0, stream,
+        *options.flat(addressof(name) if name else 0, execution.num_threads, execution.deterministic),
+        0, 0, execution.stream,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
     status = library.adaattn_forward_workspace(pointer, byref(needed))
     if status == 0:
         if needed.value:
-            args.workspace = allocate(needed.value)
+            args.workspace = execution.allocate(needed.value)
             args.workspace_bytes = needed.value
         status = library.adaattn_forward(pointer)
     _library.check(status)
@@ -65,24 +74,23 @@ def backward(
     dv: View,
     key_lengths: int,
     options: CallOptions,
-    num_threads: int,
-    stream: int,
-    allocate: Allocator,
+    execution: Execution,
 ) -> None:
-    """adaattn_backward with a workspace from allocate."""
+    """adaattn_backward with a workspace of its own."""
     library = _library.library()
     args = _library.BackwardArgs()
     name = _kernel_name(options)
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, *dout, lse, *dq, *dk, *dv, key_lengths,
-        *options.flat(num_threads, addressof(name) if name else 0), 0, 0, stream,
+        *options.flat(addressof(name) if name else 0, execution.num_threads, execution.deterministic),
+        0, 0, execution.stream,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
     status = library.adaattn_backward_workspace(pointer, byref(needed))
     if status == 0:
         if needed.value:
-            args.workspace = allocate(needed.value)
+            args.workspace = execution.allocate(needed.value)
             args.workspace_bytes = needed.value
         status = library.adaattn_backward(pointer)
     _library.check(status)
@@ -94,7 +102,7 @@ def reference_forward(
     """adaattn_reference_forward; out and lse are addresses of contiguous FP64 memory."""
     args = _library.ForwardArgs()
     _FORWARD.pack_into(
-        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *options.flat(0, 0), 0, 0, 0
+        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *options.flat(), 0, 0, 0
     )
     _library.check(_library.library().adaattn_reference_forward(byref(args), out, lse))
 
@@ -115,7 +123,7 @@ def reference_backward(
     args = _library.BackwardArgs()
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, *dout, 0, *NO_VIEW, *NO_VIEW, *NO_VIEW, key_lengths,
-        *options.flat(0, 0), 0, 0, 0,
+        *options.flat(), 0, 0, 0,
     )  # fmt: skip
     _library.check(_library.library().adaattn_reference_backward(byref(args), dq, dk, dv))
 
@@ -145,7 +153,7 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
         wanted = 64 if statistics else 0  # only NULL or not is looked at
         _FORWARD.pack_into(
             args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 0,
-            *options.flat(0, addressof(name) if name else 0), 0, 0, 0,
+            *options.flat(addressof(name) if name else 0), 0, 0, 0,
         )  # fmt: skip
         pointer = byref(args)
     needed = ctypes.c_size_t()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from adaattn import _calls
-from adaattn._arrays import Array, View, check_array, contiguous_view, key_lengths_array, mask_view, view
+from adaattn._arrays import Array, check_array, contiguous_view, key_lengths_array, mask_view, packed, view
 from adaattn._options import CallOptions
 from adaattn._shapes import check_heads, check_output_size
 
@@ -56,9 +56,7 @@ def attention(
         0 if max_probability is None else max_probability.ctypes.data,
         problem.lengths_address,
         options,
-        num_threads=0,
-        stream=0,
-        allocate=_Workspace(),
+        _calls.Execution(_Workspace()),
     )
     return out, lse, entropy, max_probability
 
@@ -66,14 +64,8 @@ def attention(
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
     """What the table says about the problem, as JSON text."""
     problem = _Problem(q, k, v, attn_mask, None, enable_gqa)
-    out: View = (0, *problem.q[1:3], *problem.out_shape, 0, 0, 0, 0)
-    return _calls.describe((problem.q, problem.k, problem.v, problem.mask, packed(out)), statistics, options)
-
-
-def packed(shaped: View) -> View:
-    """The same view with the strides of contiguous memory."""
-    _, h, n, d = shaped[3:7]
-    return (*shaped[:7], h * n * d, n * d, d, 1)
+    out = packed(problem.q[1], problem.q[2], problem.out_shape)
+    return _calls.describe((problem.q, problem.k, problem.v, problem.mask, out), statistics, options)
 
 
 def reference(

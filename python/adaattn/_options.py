@@ -25,8 +25,8 @@ class CallOptions(NamedTuple):
     sinks: int = 0
     kernel: str | None = None
 
-    def flat(self, num_threads: int, kernel: int | None) -> tuple[Any, ...]:
-        """The fields of adaattn_options in order; kernel is the address of the name's bytes."""
+    def flat(self, kernel: int = 0, num_threads: int = 0, deterministic: bool = False) -> tuple[Any, ...]:
+        """The fields of adaattn_options in order; kernel is the address of the name, or 0."""
         scale = self.scale
         return (
             self.error,
@@ -38,8 +38,8 @@ class CallOptions(NamedTuple):
             self.window_right,
             self.sinks,
             num_threads,
-            0,
-            kernel or 0,
+            deterministic,
+            kernel,
         )
 
 

@@ -1,0 +1,141 @@
+"""What the torch operators run on CPU and CUDA tensors, and the shapes and layouts of their results."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaattn import _calls, _torch_arrays
+from adaattn._options import CallOptions
+from adaattn._torch_arrays import empty_in_order_of, view
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_lengths: Tensor | None, options: Any, statistics: bool
+) -> tuple[Tensor, ...]:
+    views = view("q", q, q), view("k", k, q), view("v", v, q)
+    mask_view = None if mask is None else view("attn_mask", mask, q, is_mask=True)
+    results = forward_results(q, v, statistics)
+    lse, entropy, max_probability = (*(rows.data_ptr() for rows in results[1:]), 0, 0)[:3]
+    with _torch_arrays.device_of(q):
+        _calls.forward(
+            *views,
+            mask_view,
+            view("out", results[0], q),
+            lse,
+            entropy,
+            max_probability,
+            _torch_arrays.key_lengths_address(key_lengths, q),
+            CallOptions(*options),
+            _torch_arrays.execution_on(q),
+        )
+    return results
+
+
+def forward_results(q: Tensor, v: Tensor, statistics: bool) -> tuple[Tensor, ...]:
+    out = empty_in_order_of(q, v.shape[3])
+    rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3 if statistics else 1)]
+    return (out, *rows)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    return _run_forward(q, k, v, attn_mask, key_lengths, options, statistics=False)
+
+
+def forward_statistics(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    return _run_forward(q, k, v, attn_mask, key_lengths, options, statistics=True)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    inputs = view("q", q, q), view("k", k, q), view("v", v, q)
+    mask = None if attn_mask is None else view("attn_mask", attn_mask, q, is_mask=True)
+    dout_view = view("dout", dout, q)
+    lse = _torch_arrays.checked_lse("lse", lse, q)
+    gradients = gradients_like(q, k, v)
+    with _torch_arrays.device_of(q):
+        _calls.backward(
+            *inputs,
+            mask,
+            view("out", out, q),
+            dout_view,
+            lse.data_ptr(),
+            view("dq", gradients[0], q),
+            view("dk", gradients[1], q),
+            view("dv", gradients[2], q),
+            _torch_arrays.key_lengths_address(key_lengths, q),
+            _backward_options(CallOptions(*options)),
+            _torch_arrays.execution_on(q),
+        )
+    return gradients
+
+
+def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return tuple(empty_in_order_of(tensor, tensor.shape[3]) for tensor in (q, k, v))
+
+
+@lru_cache(maxsize=1)
+def _backward_kernels() -> frozenset[str]:
+    from adaattn.functional import describe
+
+    return frozenset(kernel["name"] for kernel in describe()["kernels"] if kernel["operation"] == "backward")
+
+
+def _backward_options(options: CallOptions) -> CallOptions:
+    """A kernel named for the forward pass holds for the backward pass only if there is one of that name."""
+    if options.kernel is None or options.kernel in _backward_kernels():
+        return options
+    return options._replace(kernel=None)
+
+
+def merge_cpu(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    first = outs[0]
+    views = [view(f"outs[{index}]", part, first) for index, part in enumerate(outs)]
+    rows = [_torch_arrays.checked_lse(f"lses[{index}]", lse, outs[index]) for index, lse in enumerate(lses)]
+    out, lse = merge_results(outs, lses)
+    _calls.merge(
+        views, [row.data_ptr() for row in rows], view("out", out, first), lse.data_ptr(), torch.get_num_threads()
+    )
+    return out, lse
+
+
+def merge_cuda(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same in torch's own operators: memory-bound work that needs no kernel of ours."""
+    for index, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        view(f"outs[{index}]", part, outs[0])
+        _torch_arrays.checked_lse(f"lses[{index}]", lse, part)
+        if part.shape != outs[0].shape or part.dtype != outs[0].dtype:
+            raise ValueError(
+                f"outs[{index}] is {tuple(part.shape)} {part.dtype}, must be like outs[0], "
+                f"{tuple(outs[0].shape)} {outs[0].dtype}"
+            )
+    stacked = torch.stack(lses)
+    total = torch.logsumexp(stacked, 0)
+    hidden = stacked == -torch.inf  # such parts do not count, whatever they hold
+    weights = torch.where(hidden, 0.0, torch.exp(stacked - total))
+    out, lse = merge_results(outs, lses)
+    accumulated = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for part, weight, skip in zip(outs, weights, hidden, strict=True):
+        accumulated += torch.where(skip[..., None], 0.0, weight[..., None] * part.float())
+    return out.copy_(accumulated), lse.copy_(total)
+
+
+def merge_results(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    first = outs[0]
+    return empty_in_order_of(first, first.shape[3]), first.new_empty(first.shape[:3], dtype=torch.float32)

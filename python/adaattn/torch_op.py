@@ -1,0 +1,132 @@
+"""The torch operators adaattn::forward, forward_statistics, backward and merge, and their autograd and autocast.
+
+Importing this module registers them once. `adaattn.attention` and `adaattn.merge` are the way to call them, except for
+torch.ops.adaattn.backward(dout, q, k, v, attn_mask, key_lengths, out, lse, *options) -> (dq, dk, dv), which takes any
+out and lse, also merged ones: ring attention calls it per set of keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaattn._torch_kernels import (
+    backward,
+    forward,
+    forward_results,
+    forward_statistics,
+    gradients_like,
+    merge_cpu,
+    merge_cuda,
+    merge_results,
+)
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? key_lengths"
+_OPTIONS = (
+    "float error, float? scale, bool causal, bool bottom_right, int window_left, int window_right, int sinks, "
+    "str? kernel"
+)
+
+_library: Any = torch.library  # untyped
+_lib = _library.Library("adaattn", "DEF")
+for _schema in (
+    f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"forward_statistics({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor entropy, Tensor max_probability)",
+    f"backward(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+):
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+forward_op = torch.ops.adaattn.forward.default
+forward_statistics_op = torch.ops.adaattn.forward_statistics.default
+backward_op = torch.ops.adaattn.backward.default
+merge_op = torch.ops.adaattn.merge.default
+
+
+for _name, _kernel in (("forward", forward), ("forward_statistics", forward_statistics), ("backward", backward)):
+    _lib.impl(_name, _kernel, "CPU")
+    _lib.impl(_name, _kernel, "CUDA")
+_lib.impl("merge", merge_cpu, "CPU")
+_lib.impl("merge", merge_cuda, "CUDA")
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return forward_results(q, v, statistics=False)
+
+
+def _forward_statistics_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return forward_results(q, v, statistics=True)
+
+
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return gradients_like(q, k, v)
+
+
+for _name, _fake in (
+    ("adaattn::forward", _forward_fake),
+    ("adaattn::forward_statistics", _forward_statistics_fake),
+    ("adaattn::backward", _backward_fake),
+    ("adaattn::merge", merge_results),
+):
+    _library.register_fake(_name, _fake, lib=_lib)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    if ctx.needs_input_grad[3]:
+        raise NotImplementedError(
+            "attn_mask requires grad, but gets no gradient: detach it, or use PyTorch's attention"
+        )
+    q, k, v, attn_mask, key_lengths, *options = inputs
+    ctx.save_for_backward(q, k, v, attn_mask, key_lengths, *output[:2])
+    ctx.options = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    none = (None,) * (2 + len(ctx.options))
+    if dout is None:
+        return None, None, None, *none
+    gradients = backward_op(dout, *ctx.saved_tensors, *ctx.options)
+    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
+    return *wanted, *none
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError(
+        "adaattn has no second derivatives: the gradient of adaattn.attention is not differentiable"
+    )
+
+
+def _refuse_merge_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    raise NotImplementedError(
+        "adaattn.merge got a part that requires grad, but is not differentiable: call it under torch.no_grad() and "
+        "torch.ops.adaattn.backward with the merged out and lse for each set of keys"
+    )
+
+
+for _name in ("adaattn::forward", "adaattn::forward_statistics"):
+    _library.register_autograd(_name, _differentiate, setup_context=_save, lib=_lib)
+_library.register_autograd("adaattn::backward", _refuse_double_backward, lib=_lib)
+_library.register_autograd("adaattn::merge", _refuse_double_backward, setup_context=_refuse_merge_gradient, lib=_lib)
+
+
+def _register_autocast(op: Any, device: str) -> None:
+    def cast_and_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return op(*(_lowered(tensor, dtype) for tensor in (q, k, v)), *rest)
+
+    _lib.impl(op.name().split("::")[1], cast_and_call, f"Autocast{device.upper()}")
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As SDPA does it; an additive mask stays float32, where -3e38 does not become -inf."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+for _op in (forward_op, forward_statistics_op):
+    for _device in ("cpu", "cuda"):
+        _register_autocast(_op, _device)
