@@ -1,0 +1,123 @@
+"""attention, merge, reference and describe on torch tensors; the counterpart of _numpy_calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaattn import _calls, torch_op
+from adaattn._arrays import View, packed
+from adaattn._options import CallOptions
+from adaattn._shapes import check_heads, check_output_size
+from adaattn._torch_arrays import key_lengths_address, view
+
+
+def attention(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(out, lse, entropy, max_probability); the last two only if statistics are wanted."""
+    attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
+    if statistics:
+        every: tuple[Tensor, Tensor, Tensor, Tensor]
+        every = torch_op.forward_statistics_op(q, k, v, attn_mask, key_lengths, *options)
+        return every
+    out, lse = torch_op.forward_op(q, k, v, attn_mask, key_lengths, *options)
+    return out, lse, None, None
+
+
+def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
+    """What the table says about the problem, as JSON text."""
+    attn_mask, _ = _checked(q, k, v, attn_mask, None, enable_gqa)
+    views = view("q", q, q), view("k", k, q), view("v", v, q)
+    mask = None if attn_mask is None else view("attn_mask", attn_mask, q, is_mask=True)
+    out = packed(views[0][1], views[0][2], (*q.shape[:3], v.shape[3]))
+    return _calls.describe((*views, mask, out), statistics, options)
+
+
+def reference(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float64."""
+    inputs, lengths = _reference_inputs(q, k, v, attn_mask, key_lengths, enable_gqa)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=torch.float64)
+    lse = torch.empty(q.shape[:3], dtype=torch.float64)
+    _calls.reference_forward(*inputs, key_lengths_address(lengths, q), options, out.data_ptr(), lse.data_ptr())
+    return out, lse
+
+
+def reference_backward(
+    q: Any, k: Any, v: Any, dout: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) in float64."""
+    inputs, lengths = _reference_inputs(q, k, v, attn_mask, key_lengths, enable_gqa)
+    gradients = tuple(torch.empty(tensor.shape, dtype=torch.float64) for tensor in (q, k, v))
+    _calls.reference_backward(
+        *inputs,
+        view("dout", _tensor("dout", dout), q),
+        key_lengths_address(lengths, q),
+        options,
+        *(gradient.data_ptr() or 64 for gradient in gradients),
+    )
+    return gradients
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of all parts."""
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        for index, tensor in enumerate(tensors):
+            _tensor(f"{name}[{index}]", tensor)
+    if outs[0].dim() != 4:
+        raise ValueError(f"outs[0] has {outs[0].dim()} dimensions, must have 4: (B, H, N, D)")
+    merged: tuple[Tensor, Tensor] = torch_op.merge_op(list(outs), list(lses))
+    return merged
+
+
+def _reference_inputs(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool
+) -> tuple[tuple[View, View, View, View | None], Tensor | None]:
+    if isinstance(q, Tensor) and not q.is_cpu:
+        raise NotImplementedError(f"the reference takes cpu tensors only, q is on {q.device}")
+    attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
+    mask = None if attn_mask is None else view("attn_mask", attn_mask, q, is_mask=True)
+    return (view("q", q, q), view("k", k, q), view("v", v, q), mask), key_lengths
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is of type {type(value).__name__}, must be a torch tensor like q")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name} is a {'nested' if value.is_nested else value.layout} tensor, must be strided")
+    return value
+
+
+def _checked(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks what the operators cannot, and returns mask and key lengths as they want them."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if _tensor(name, value).dim() != 4:
+            raise ValueError(
+                f"{name} has {value.dim()} dimensions, shape {tuple(value.shape)}, must have 4: (B, H, N, D)"
+            )
+    check_heads(q.shape, k.shape, v.shape, enable_gqa)
+    check_output_size((*q.shape[:3], v.shape[3]))
+    if attn_mask is not None:
+        dims = _tensor("attn_mask", attn_mask).dim()
+        if not 1 <= dims <= 4:
+            raise ValueError(
+                f"attn_mask has {dims} dimensions, shape {tuple(attn_mask.shape)}, must have 1 to 4, "
+                "broadcastable to (B, Hq, Nq, Nk)"
+            )
+        if dims < 4:
+            attn_mask = attn_mask[(None,) * (4 - dims)]
+    return attn_mask, None if key_lengths is None else _key_lengths(key_lengths, q.device)
+
+
+def _key_lengths(value: Any, device: torch.device) -> Tensor:
+    lengths = torch.as_tensor(value, device=None if isinstance(value, Tensor) else device)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"key_lengths has dtype {lengths.dtype}, must be integers")
+    return lengths.to(torch.int64).contiguous()
