@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "cpu/backward_plan.h"
+#include "cpu/mask_terms-inl.h"
 #include "cpu/online_softmax-inl.h"
 #include "cpu/panel_mask.h"
 #include "cpu/rows.h"
@@ -90,7 +91,6 @@ HWY_NOINLINE void add_block(const BackwardPlan& plan, const BackwardArrays& arra
   const FloatRows dout =
       float_rows(rows_of(args.dout, block.b, block.first_head, block.first), queries, plan.width_v, scratch.dout);
   const std::int64_t first_row = (block.b * args.q.shape[1] + block.first_head) * block.nq + block.first;
-  const bool terms = args.mask.data != nullptr;
 
   for (std::size_t lane = 0; lane < queries; lane += kPanelLanes) {
     PanelRows rows = block;
@@ -112,13 +112,19 @@ HWY_NOINLINE void add_block(const BackwardPlan& plan, const BackwardArrays& arra
     Pair top = {hn::Zero(d), hn::Zero(d)};
     StoreScores store_scores{scratch.scores, &top};
     panel_gemm<ALayout::kRowMajor>(keys, k.data, k.ld, q_panel, kPanelLanes, dim, store_scores);
+    MaskEffect effect = MaskEffect::kNone;
+    if (args.mask.data != nullptr)
+      effect = fill_mask_terms(args.mask, rows, view.begin, keys, scratch.row_terms, scratch.terms);
     const TileView own = view_tile(visibility, rows, tile.first, tile.end);
-    if (own.all_visible && own.begin == view.begin && own.end == view.end && !terms) {
+    if (effect == MaskEffect::kHidesAll) {
+      for (std::size_t key = 0; key < keys; ++key)
+        store_pair({hn::Zero(d), hn::Zero(d)}, scratch.p + key * kGradientQueries + lane);
+    } else if (own.all_visible && own.begin == view.begin && own.end == view.end && effect == MaskEffect::kNone) {
       recompute_probabilities<false>(scratch.scores, keys, load_pair(reference), scratch.p + lane, kGradientQueries);
     } else {
-      if (terms) fill_mask_terms(args.mask, rows, view.begin, view.end, kPanelLanes, scratch.bias);
       const LaneBounds<kPanelLanes> bounds(visibility, rows, tile.first);
-      mask_scores(scratch.scores, keys, static_cast<std::int32_t>(offset), bounds, terms ? scratch.bias : nullptr);
+      mask_scores(scratch.scores, keys, static_cast<std::int32_t>(offset), bounds,
+                  effect == MaskEffect::kSome ? scratch.terms : nullptr);
       recompute_probabilities<true>(scratch.scores, keys, load_pair(reference), scratch.p + lane, kGradientQueries);
     }
     StoreScoreGradient store_gradient{scratch.p + lane, scratch.ds + lane, kGradientQueries, load_pair(delta)};

@@ -61,14 +61,15 @@ struct BackwardArrays {
 
 // Of one thread.
 struct BackwardScratch {
-  float *k, *v;          // [kGradientKeys][width | width_v] where k and v cannot be read in place
-  float *dk, *dv;        // [kGradientKeys][width | width_v]
-  float *q, *dout;       // [kGradientQueries][width | width_v] where they cannot be read in place
-  float* q_panels;       // [panels][D][lanes], scaled
-  float* dout_panels;    // [panels][Dv][lanes]
-  float *scores, *bias;  // [kGradientKeys][lanes] of one panel
-  float *p, *ds;         // [kGradientKeys][kGradientQueries]
-  float* factors;        // [kGradientKeys] constant factors for store_rows
+  float *k, *v;           // [kGradientKeys][width | width_v] where k and v cannot be read in place
+  float *dk, *dv;         // [kGradientKeys][width | width_v]
+  float *q, *dout;        // [kGradientQueries][width | width_v] where they cannot be read in place
+  float* q_panels;        // [panels][D][lanes], scaled
+  float* dout_panels;     // [panels][Dv][lanes]
+  float *scores, *terms;  // [kGradientKeys][lanes] of one panel
+  float* row_terms;       // [lanes][kGradientKeys], the mask's terms before they are transposed
+  float *p, *ds;          // [kGradientKeys][kGradientQueries]
+  float* factors;         // [kGradientKeys] constant factors for store_rows
 };
 
 inline BackwardArrays lay_out_shared(const BackwardPlan& plan, Scratch& scratch) {
@@ -89,7 +90,8 @@ inline BackwardScratch lay_out_thread(const BackwardPlan& plan, Scratch& scratch
           .q_panels = scratch.take<float>(kGradientQueries * width),
           .dout_panels = scratch.take<float>(kGradientQueries * width_v),
           .scores = scratch.take<float>(kGradientKeys * kMaxPanelLanes),
-          .bias = scratch.take<float>(kGradientKeys * kMaxPanelLanes),
+          .terms = scratch.take<float>(kGradientKeys * kMaxPanelLanes),
+          .row_terms = scratch.take<float>(kGradientKeys * kMaxPanelLanes),
           .p = scratch.take<float>(kGradientKeys * kGradientQueries),
           .ds = scratch.take<float>(kGradientKeys * kGradientQueries),
           .factors = scratch.take<float>(kGradientKeys)};

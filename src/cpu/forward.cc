@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "cpu/forward_plan.h"
+#include "cpu/mask_terms-inl.h"
 #include "cpu/non_finite.h"
 #include "cpu/online_softmax-inl.h"
 #include "cpu/panel_mask.h"
@@ -102,7 +103,7 @@ HWY_NOINLINE void rescale(const Panel& panel, std::size_t dv, Pair old_reference
 
 template <bool kMasked>
 HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
-                            const Panel& panel, const KeyTile& tile, const TileView& view) {
+                            const Panel& panel, const KeyTile& tile, const TileView& view, const float* terms) {
   const FloatTag d;
   const adaattn_forward_args& args = *plan.args;
   const auto dim = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
@@ -114,10 +115,8 @@ HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scrat
   panel_gemm<ALayout::kRowMajor>(keys, tile.k.data + offset * tile.k.ld, tile.k.ld, panel.q, kPanelLanes, dim,
                                  store_scores);
   if constexpr (kMasked) {
-    const bool terms = args.mask.data != nullptr;
-    if (terms) fill_mask_terms(args.mask, panel.rows, view.begin, view.end, kPanelLanes, scratch.bias);
     const LaneBounds<kPanelLanes> bounds(visibility, panel.rows, tile.first);
-    top = mask_scores(scratch.scores, keys, static_cast<std::int32_t>(offset), bounds, terms ? scratch.bias : nullptr);
+    top = mask_scores(scratch.scores, keys, static_cast<std::int32_t>(offset), bounds, terms);
   }
 
   const Pair old_reference = load_pair(panel.state.reference);
@@ -135,8 +134,9 @@ HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scrat
   AddCompensated add{panel.out, panel.compensation};
   if constexpr (kMasked) {
     if (!all_finite(v, tile.v.ld, keys, dv)) {
-      add_non_finite(v, tile.v.ld, keys, dv, scratch.scores, kPanelLanes, panel.out);
-      v = clean_copy(v, tile.v.ld, keys, dv, scratch.v_clean);
+      add_non_finite(v, tile.v.ld, keys, dv, kPanelLanes, {scratch.scores, 1, kPanelLanes},
+                     {panel.out, 1, kPanelLanes});
+      v = clean_copy(v, tile.v.ld, keys, dv, scratch.v_clean, dv);
       panel_gemm<ALayout::kTransposed>(dv, v, dv, scratch.scores, kPanelLanes, keys, add);
       return;
     }
@@ -146,10 +146,17 @@ HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scrat
 
 HWY_NOINLINE void attend_tile(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
                               const Panel& panel, const KeyTile& tile, const TileView& view) {
-  if (view.all_visible && plan.args->mask.data == nullptr)
-    attend_part<false>(plan, scratch, visibility, panel, tile, view);
+  const adaattn_tensor& mask = plan.args->mask;
+  const auto keys = static_cast<std::size_t>(view.end - view.begin);
+  MaskEffect effect = MaskEffect::kNone;
+  if (mask.data != nullptr)
+    effect = fill_mask_terms(mask, panel.rows, view.begin, keys, scratch.row_terms, scratch.terms);
+  if (effect == MaskEffect::kHidesAll) return;
+  if (view.all_visible && effect == MaskEffect::kNone)
+    attend_part<false>(plan, scratch, visibility, panel, tile, view, nullptr);
   else
-    attend_part<true>(plan, scratch, visibility, panel, tile, view);
+    attend_part<true>(plan, scratch, visibility, panel, tile, view,
+                      effect == MaskEffect::kSome ? scratch.terms : nullptr);
 }
 
 // out = sums / sum of probabilities, LSE and the statistics of the panel's rows.

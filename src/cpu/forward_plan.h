@@ -53,7 +53,8 @@ struct ForwardScratch {
   float* out;           // [block / lanes][Dv][lanes], sums of p v
   float* compensation;  // as out, what rounding took from it (Kahan)
   float* scores;        // [kKeyTile][lanes] of one panel: scores, then probabilities
-  float* bias;          // [kKeyTile][lanes], the mask's terms
+  float* terms;         // [kKeyTile][lanes], the mask's terms
+  float* row_terms;     // [lanes][kKeyTile], the same before they are transposed
   float* k_tile;        // [kKeyTile][D] where k cannot be read in place
   float* v_tile;        // [kKeyTile][Dv] where v cannot be read in place
   float* v_clean;       // [kKeyTile][Dv], v without its non-finite values where some rows must not see them
@@ -67,7 +68,8 @@ inline ForwardScratch lay_out(const adaattn_forward_args& args, Scratch& scratch
           .out = scratch.take<float>(kMaxBlock * dv),
           .compensation = scratch.take<float>(kMaxBlock * dv),
           .scores = scratch.take<float>(kKeyTile * kMaxPanelLanes),
-          .bias = scratch.take<float>(kKeyTile * kMaxPanelLanes),
+          .terms = scratch.take<float>(kKeyTile * kMaxPanelLanes),
+          .row_terms = scratch.take<float>(kKeyTile * kMaxPanelLanes),
           .k_tile = scratch.take<float>(kKeyTile * d),
           .v_tile = scratch.take<float>(kKeyTile * dv),
           .v_clean = scratch.take<float>(kKeyTile * dv),

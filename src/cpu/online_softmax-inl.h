@@ -80,19 +80,19 @@ struct StoreScores {
 // Epilogue of p v: out += row, with Kahan's compensation, so that the error does not grow with the number of tiles.
 struct AddCompensated {
   float *out, *compensation;
-  HWY_INLINE AddCompensated at(std::size_t row) const {
-    return {out + row * kPanelLanes, compensation + row * kPanelLanes};
-  }
+  std::size_t ld = kPanelLanes;
+  HWY_INLINE AddCompensated at(std::size_t row) const { return {out + row * ld, compensation + row * ld, ld}; }
   HWY_INLINE void operator()(std::size_t row, FloatVector low, FloatVector high) const {
-    add(row * kPanelLanes, low);
-    add(row * kPanelLanes + kVectorLanes, high);
+    add(row * ld, low);
+    add(row * ld + kVectorLanes, high);
   }
   HWY_INLINE void add(std::size_t at, FloatVector value) const {
     const FloatTag d;
     const FloatVector old = hn::LoadU(d, out + at);
     const FloatVector term = hn::Sub(value, hn::LoadU(d, compensation + at));
     const FloatVector sum = hn::Add(old, term);
-    hn::StoreU(hn::Sub(hn::Sub(sum, old), term), d, compensation + at);
+    const FloatVector lost = hn::Sub(hn::Sub(sum, old), term);  // NaN once the sum is infinite: no correction then
+    hn::StoreU(hn::IfThenElseZero(hn::Eq(lost, lost), lost), d, compensation + at);
     hn::StoreU(sum, d, out + at);
   }
 };

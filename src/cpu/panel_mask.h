@@ -1,4 +1,4 @@
-// What hides keys from the queries of one panel: visibility as per-lane bounds, and the mask as a tile of terms.
+// Which keys the queries of one panel see: a hull for the tile, and bounds for each lane.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "adaattn/adaattn.h"
-#include "common/tensor.h"
 #include "common/visibility.h"
 
 namespace adaattn::cpu {
@@ -59,11 +57,5 @@ struct LaneBounds {
     }
   }
 };
-
-// terms[key][lane], key_begin <= key < key_end: 0 or the additive mask's value where the mask shows the key, -inf where
-// it hides it. Finite values are kept above -FLT_MAX / 2, so that a change of the logarithm's base cannot overflow
-// them.
-void fill_mask_terms(const adaattn_tensor& mask, const PanelRows& rows, std::int64_t key_begin, std::int64_t key_end,
-                     std::size_t lanes, float* terms);
 
 }  // namespace adaattn::cpu
