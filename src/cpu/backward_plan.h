@@ -29,10 +29,6 @@ struct BackwardPlan {
   std::size_t width, width_v;  // D and Dv rounded up to whole panels
 };
 
-inline std::size_t panel_width(std::int64_t dim) {
-  return (static_cast<std::size_t>(dim) + kMaxPanelLanes - 1) / kMaxPanelLanes * kMaxPanelLanes;
-}
-
 inline BackwardPlan make_backward_plan(const adaattn_backward_args& args, int threads) {
   BackwardPlan plan{};
   plan.args = &args;
@@ -47,8 +43,8 @@ inline BackwardPlan make_backward_plan(const adaattn_backward_args& args, int th
   plan.splits = heads == 0 ? 1 : std::clamp<std::int64_t>((2 * threads + heads - 1) / heads, 1, most);
   plan.tasks = heads * plan.splits;
   plan.rows = args.q.shape[0] * args.q.shape[1] * args.q.shape[2];
-  plan.width = panel_width(args.q.shape[3]);
-  plan.width_v = panel_width(args.v.shape[3]);
+  plan.width = padded_width(args.q.shape[3]);
+  plan.width_v = padded_width(args.v.shape[3]);
   return plan;
 }
 

@@ -5,6 +5,8 @@
 #include <array>
 
 #include "cpu/backward.h"
+#include "cpu/decode.h"
+#include "cpu/decode_plan.h"
 #include "cpu/forward.h"
 #include "cpu/forward_plan.h"
 
@@ -20,7 +22,19 @@ Reasons declines(const Args& args) {
       .unless(args.v.shape[3] <= kMaxHeadDim, "head size Dv is above 256");
 }
 
-constexpr std::array kForward = {ForwardKernel{.name = "cpu_flash",
+Reasons declines_decode(const adaattn_forward_args& args) {
+  const std::int64_t group = args.k.shape[1] != 0 ? args.q.shape[1] / args.k.shape[1] : 0;
+  return declines(args).unless(group * args.q.shape[2] <= kMaxDecodeRows, "more than 8 query rows share a key head");
+}
+
+constexpr std::array kForward = {ForwardKernel{.name = "cpu_decode",
+                                               .summary = "few query rows in float32, keys split over threads",
+                                               .device = ADAATTN_CPU,
+                                               .unavailable = always_available,
+                                               .declines = declines_decode,
+                                               .workspace = decode_workspace,
+                                               .run = decode},
+                                 ForwardKernel{.name = "cpu_flash",
                                                .summary = "tiled online softmax in float32 on vector units",
                                                .device = ADAATTN_CPU,
                                                .unavailable = always_available,

@@ -48,6 +48,11 @@ inline ForwardPlan make_forward_plan(const adaattn_forward_args& args, int threa
   return plan;
 }
 
+// Elements of a row that is read in whole panels.
+inline std::size_t padded_width(std::int64_t dim) {
+  return (static_cast<std::size_t>(dim) + kMaxPanelLanes - 1) / kMaxPanelLanes * kMaxPanelLanes;
+}
+
 struct ForwardScratch {
   float* q_panels;      // [block / lanes][D][lanes], scaled
   float* out;           // [block / lanes][Dv][lanes], sums of p v
