@@ -154,7 +154,7 @@ void decode_task(const DecodePlan& plan, std::int64_t task, const DecodeArrays& 
       hidden |= hides;
     }
     FloatRows v = float_rows(rows_of(args.v, b, key_head, begin), keys, plan.width_v, scratch.v);
-    if (hidden && !all_finite(v.data, v.ld, keys, dv)) {
+    if (hidden && !all_finite(v, keys, dv)) {
       add_non_finite(v.data, v.ld, keys, dv, rows, {scratch.scores, kKeyTile, 1}, {out, plan.width_v, 1});
       v = {clean_copy(v.data, v.ld, keys, dv, scratch.v_clean, plan.width_v), plan.width_v};
     }

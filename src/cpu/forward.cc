@@ -31,10 +31,11 @@ HWY_BEFORE_NAMESPACE();
 namespace adaattn::cpu {
 namespace HWY_NAMESPACE {
 
-// The part of a tile of keys that one panel works on.
 struct KeyTile {
-  std::int64_t first;  // its first key
+  std::int64_t first;
+  std::size_t keys;
   FloatRows k, v;
+  bool v_checked, v_finite;  // whether v holds only finite values; asked once, when a panel has hidden keys
 };
 
 struct Panel {
@@ -103,7 +104,7 @@ HWY_NOINLINE void rescale(const Panel& panel, std::size_t dv, Pair old_reference
 
 template <bool kMasked>
 HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
-                            const Panel& panel, const KeyTile& tile, const TileView& view, const float* terms) {
+                            const Panel& panel, KeyTile& tile, const TileView& view, const float* terms) {
   const FloatTag d;
   const adaattn_forward_args& args = *plan.args;
   const auto dim = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
@@ -133,7 +134,9 @@ HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scrat
   const float* v = tile.v.data + offset * tile.v.ld;
   AddCompensated add{panel.out, panel.compensation};
   if constexpr (kMasked) {
-    if (!all_finite(v, tile.v.ld, keys, dv)) {
+    if (!tile.v_checked) tile.v_finite = all_finite(tile.v, tile.keys, dv);
+    tile.v_checked = true;
+    if (!tile.v_finite) {
       add_non_finite(v, tile.v.ld, keys, dv, kPanelLanes, {scratch.scores, 1, kPanelLanes},
                      {panel.out, 1, kPanelLanes});
       v = clean_copy(v, tile.v.ld, keys, dv, scratch.v_clean, dv);
@@ -145,7 +148,7 @@ HWY_INLINE void attend_part(const ForwardPlan& plan, const ForwardScratch& scrat
 }
 
 HWY_NOINLINE void attend_tile(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
-                              const Panel& panel, const KeyTile& tile, const TileView& view) {
+                              const Panel& panel, KeyTile& tile, const TileView& view) {
   const adaattn_tensor& mask = plan.args->mask;
   const auto keys = static_cast<std::size_t>(view.end - view.begin);
   MaskEffect effect = MaskEffect::kNone;
@@ -206,9 +209,12 @@ void forward_task(const ForwardPlan& plan, std::int64_t task, const ForwardScrat
     for (std::int64_t begin = segment.begin; begin < segment.end; begin += kTile) {
       const std::int64_t end = std::min(begin + kTile, segment.end);
       const auto keys = static_cast<std::size_t>(end - begin);
-      const KeyTile tile = {.first = begin,
-                            .k = float_rows(rows_of(args.k, b, key_head, begin), keys, d, scratch.k_tile),
-                            .v = float_rows(rows_of(args.v, b, key_head, begin), keys, dv, scratch.v_tile)};
+      KeyTile tile = {.first = begin,
+                      .keys = keys,
+                      .k = float_rows(rows_of(args.k, b, key_head, begin), keys, d, scratch.k_tile),
+                      .v = float_rows(rows_of(args.v, b, key_head, begin), keys, dv, scratch.v_tile),
+                      .v_checked = false,
+                      .v_finite = false};
       for (std::size_t p = 0; p < panels; ++p) {
         const Panel panel = panel_at(plan, scratch, block, p);
         const TileView view = view_tile(visibility, panel.rows, begin, end);

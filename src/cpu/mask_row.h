@@ -22,15 +22,16 @@ inline MaskRow mask_row(const adaattn_tensor& mask, std::int64_t b, std::int64_t
           .key_stride = mask.shape[3] == 1 ? 0 : mask.stride[3]};
 }
 
-// 0 or the additive mask's value where the mask shows the key, -inf where it hides it. Finite values are kept above
-// -FLT_MAX / 2, so that the change of the logarithm's base cannot overflow them.
+// Finite terms are kept above this, so that the change of the logarithm's base cannot overflow them.
+constexpr float kLowestTerm = std::numeric_limits<float>::lowest() / 2;
+
+// 0 or the additive mask's value where the mask shows the key, -inf where it hides it.
 inline float mask_term(const MaskRow& row, std::int64_t key) {
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
-  constexpr float kLowest = std::numeric_limits<float>::lowest() / 2;
   if (row.dtype == ADAATTN_BOOL)
     return static_cast<const std::uint8_t*>(row.data)[key * row.key_stride] != 0 ? 0.0F : kHidden;
   const float value = load_element(row.data, key * row.key_stride, row.dtype);
-  return value < kLowest && value != kHidden ? kLowest : value;
+  return value < kLowestTerm && value != kHidden ? kLowestTerm : value;
 }
 
 }  // namespace adaattn::cpu

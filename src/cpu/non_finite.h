@@ -14,16 +14,6 @@ inline bool is_finite_bits(float value) {
   return (bits & 0x7F800000U) != 0x7F800000U;
 }
 
-// v is [keys][dim] with leading dimension ld.
-inline bool all_finite(const float* v, std::size_t ld, std::size_t keys, std::size_t dim) {
-  for (std::size_t key = 0; key < keys; ++key) {
-    bool finite = true;
-    for (std::size_t d = 0; d < dim; ++d) finite &= is_finite_bits(v[key * ld + d]);
-    if (!finite) return false;
-  }
-  return true;
-}
-
 // v with 0 in place of NaN and infinities; what lies between dim and width is 0.
 inline const float* clean_copy(const float* v, std::size_t ld, std::size_t keys, std::size_t dim, float* to,
                                std::size_t width) {

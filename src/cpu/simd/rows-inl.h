@@ -120,6 +120,21 @@ HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::size_t from_ld, s
     for (std::size_t c = 0; c < columns; ++c) to[c * to_ld + r] = factor * from[r * from_ld + c];
 }
 
+// Whether rows hold neither NaN nor infinities: 0 * x is 0 for finite x alone.
+HWY_INLINE bool all_finite(const FloatRows& rows, std::size_t count, std::size_t dim) {
+  const hn::ScalableTag<float> d;
+  const std::size_t lanes = hn::Lanes(d);
+  auto products = hn::Zero(d);
+  float product = 0;
+  for (std::size_t row = 0; row < count; ++row) {
+    const float* from = rows.data + row * rows.ld;
+    std::size_t at = 0;
+    for (; at + lanes <= dim; at += lanes) products = hn::MulAdd(hn::LoadU(d, from + at), hn::Zero(d), products);
+    for (; at < dim; ++at) product += 0.0F * from[at];
+  }
+  return product == 0 && hn::AllTrue(d, hn::Eq(products, hn::Zero(d)));
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace adaattn::cpu
 HWY_AFTER_NAMESPACE();
