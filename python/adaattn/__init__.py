@@ -1,13 +1,48 @@
 """AdaAttn: attention with an error budget, on NumPy arrays and torch tensors. Start with `help(adaattn.attention)`."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from adaattn.functional import attention, describe, merge, reference, reference_backward
 from adaattn.metrics import Metrics
+
+if TYPE_CHECKING:
+    from adaattn.module import AdaptiveAttention
 
 try:
     __version__ = version("adaattn")
 except PackageNotFoundError:  # run from a source tree
     __version__ = "0+source"
 
-__all__ = ["Metrics", "__version__", "attention", "describe", "merge", "reference", "reference_backward"]
+# What needs torch is imported at its first use: torch takes seconds, and may not be there.
+_NEED_TORCH = {
+    "AdaptiveAttention": "adaattn.module",
+}
+
+__all__ = [
+    "AdaptiveAttention",
+    "Metrics",
+    "__version__",
+    "attention",
+    "describe",
+    "merge",
+    "reference",
+    "reference_backward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(_NEED_TORCH[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"adaattn.{name} needs PyTorch: pip install 'adaattn[torch]'") from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NEED_TORCH])
