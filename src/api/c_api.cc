@@ -118,7 +118,7 @@ adaattn_status adaattn_reference_backward(const adaattn_backward_args* args, dou
 adaattn_status adaattn_describe(const adaattn_forward_args* args, char* json, size_t capacity, size_t* needed) {
   return guarded([&] {
     if (args != nullptr) validate(*args, Need::kShapesOnly);
-    const std::string text = describe(args);
+    const std::string text = describe_json(args);
     if (needed != nullptr) *needed = text.size() + 1;
     if (capacity == 0) return;
     required(json, "json");

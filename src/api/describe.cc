@@ -42,7 +42,7 @@ std::string kernel_json(const Kernel<Args>& kernel, const char* operation, const
 
 }  // namespace
 
-std::string describe(const adaattn_forward_args* args) {
+std::string describe_json(const adaattn_forward_args* args) {
   std::string kernels;
   for (const auto& kernel : forward_kernels())
     kernels += (kernels.empty() ? "" : ", ") + kernel_json(kernel, "forward", args);

@@ -8,6 +8,6 @@
 namespace adaattn {
 
 // args (validated) adds each kernel's reasons for declining that problem, and which one is chosen; may be null.
-std::string describe(const adaattn_forward_args* args);
+std::string describe_json(const adaattn_forward_args* args);
 
 }  // namespace adaattn

@@ -20,6 +20,11 @@ struct Row {
 };
 
 template <typename Args>
+std::int64_t group_of(const Args& args) {  // query heads per key head
+  return args.k.shape[1] == 0 ? 0 : args.q.shape[1] / args.k.shape[1];
+}
+
+template <typename Args>
 double scale_of(const Args& args) {
   return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
 }
@@ -33,7 +38,7 @@ double mask_term(const adaattn_tensor& mask, std::int64_t b, std::int64_t h, std
 
 template <typename Args>
 Row softmax_row(const Args& args, std::int64_t b, std::int64_t h, std::int64_t i) {
-  const std::int64_t nk = args.k.shape[2], group = args.q.shape[1] / args.k.shape[1];
+  const std::int64_t nk = args.k.shape[2], group = group_of(args);
   const Visibility visibility =
       make_visibility(args.options, args.q.shape[2], args.key_lengths != nullptr ? args.key_lengths[b] : nk);
   Row row{.p = std::vector<double>(nk, kMinusInfinity), .lse = kMinusInfinity};
@@ -60,7 +65,7 @@ Row softmax_row(const Args& args, std::int64_t b, std::int64_t h, std::int64_t i
 
 void forward(const adaattn_forward_args& args, double* out, double* lse) {
   const std::int64_t batch = args.q.shape[0], heads = args.q.shape[1], nq = args.q.shape[2];
-  const std::int64_t nk = args.k.shape[2], dv = args.v.shape[3], group = heads / args.k.shape[1];
+  const std::int64_t nk = args.k.shape[2], dv = args.v.shape[3], group = group_of(args);
 #pragma omp parallel for collapse(3)
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t h = 0; h < heads; ++h)
@@ -96,7 +101,7 @@ void statistics(const adaattn_forward_args& args, float* entropy, float* max_pro
 void backward(const adaattn_backward_args& args, double* dq, double* dk, double* dv) {
   const std::int64_t batch = args.q.shape[0], heads = args.q.shape[1], nq = args.q.shape[2], d = args.q.shape[3];
   const std::int64_t key_heads = args.k.shape[1], nk = args.k.shape[2], dim_v = args.v.shape[3];
-  const std::int64_t group = heads / key_heads;
+  const std::int64_t group = group_of(args);
   const double scale = scale_of(args);
 #pragma omp parallel for collapse(2)
   for (std::int64_t b = 0; b < batch; ++b)
