@@ -27,8 +27,7 @@ std::vector<Candidate> candidates(std::span<const Kernel<Args>> table) {
     if (std::string_view(kernel.name) == "reference_fp64")
       all.push_back({kernel.name, 0});
     else
-      for (std::int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1)
-        all.push_back({kernel.name, left & -left});
+      for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) all.push_back({kernel.name, target});
   }
   return all;
 }

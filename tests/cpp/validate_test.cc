@@ -24,7 +24,7 @@ struct Call {
                      lse = std::vector<float>(kB * kHq * kNq, kUntouched), dout = q, dq = out,
                      dk = std::vector<float>(k.size(), kUntouched), dv = dk;
   std::vector<std::int64_t> lengths = {5, 3};
-  alignas(64) std::byte scratch[1 << 16];
+  alignas(64) std::byte scratch[1 << 20];
   ForwardArgs forward{};
   BackwardArgs backward{};
   std::vector<Tensor> parts;

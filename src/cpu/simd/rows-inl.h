@@ -21,6 +21,14 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
+// Without float16 instructions Highway's conversions cut instead of rounding and take infinities for numbers; there
+// elements are converted one at a time.
+#if (HWY_ARCH_X86 && (HWY_TARGET > HWY_AVX2 || defined(HWY_DISABLE_F16C))) || HWY_TARGET >= HWY_EMU128
+inline constexpr bool kHaveFloat16 = false;
+#else
+inline constexpr bool kHaveFloat16 = true;
+#endif
+
 // Rows as float32 with the given leading dimension (>= dim); what lies between dim and width is 0.
 HWY_INLINE void convert_rows(const Rows& from, std::size_t count, std::size_t width, float* HWY_RESTRICT to,
                              std::size_t ld) {
@@ -37,7 +45,7 @@ HWY_INLINE void convert_rows(const Rows& from, std::size_t count, std::size_t wi
         at = from.dim;
       } else if (from.dtype == ADAATTN_FLOAT16) {
         const auto* source = static_cast<const hwy::float16_t*>(from.data) + start;
-        for (; at + lanes <= from.dim; at += lanes)
+        for (; kHaveFloat16 && at + lanes <= from.dim; at += lanes)
           hn::StoreU(hn::PromoteTo(d, hn::LoadU(d16, source + at)), d, to + at);
       } else {
         const auto* source = static_cast<const hwy::bfloat16_t*>(from.data) + start;
@@ -79,7 +87,7 @@ HWY_INLINE void store_rows(const float* from, std::size_t ld, const float* facto
       } else if (to.dtype == ADAATTN_FLOAT16) {
         const hn::Rebind<hwy::float16_t, decltype(d)> d16;
         auto* target = static_cast<hwy::float16_t*>(data) + start;
-        for (; at + lanes <= to.dim; at += lanes)
+        for (; kHaveFloat16 && at + lanes <= to.dim; at += lanes)
           hn::StoreU(hn::DemoteTo(d16, hn::Mul(factor, hn::LoadU(d, from + at))), d16, target + at);
       }
     }
