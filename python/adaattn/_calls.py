@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import addressof, byref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from adaattn import _library
 from adaattn._arrays import NO_VIEW, View
-from adaattn._options import CallOptions
+from adaattn._options import flat
 
 _FORWARD = _library.packer(_library.ForwardArgs)
 _BACKWARD = _library.packer(_library.BackwardArgs)
@@ -17,6 +17,10 @@ _BACKWARD = _library.packer(_library.BackwardArgs)
 # Takes a number of bytes, returns the address of that much memory on the inputs' device, aligned to 64 bytes.
 # The memory lives until the next call with the same function, or until the function is gone.
 Allocator = Callable[[int], int]
+
+
+# A CallOptions, or its plain tuple from the schema of a torch operator.
+Options = tuple[Any, ...]
 
 
 class Execution(NamedTuple):
@@ -38,7 +42,7 @@ def forward(
     entropy: int,
     max_probability: int,
     key_lengths: int,
-    options: CallOptions,
+    options: Options,
     execution: Execution,
 ) -> None:
     """adaattn_forward with a workspace of its own; lse to key_lengths are addresses, 0 for none."""
@@ -47,7 +51,7 @@ def forward(
     name = _kernel_name(options)
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
-        *options.flat(addressof(name) if name else 0, execution.num_threads, execution.deterministic),
+        *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
         0, 0, execution.stream,
     )  # fmt: skip
     pointer = byref(args)
@@ -73,7 +77,7 @@ def backward(
     dk: View,
     dv: View,
     key_lengths: int,
-    options: CallOptions,
+    options: Options,
     execution: Execution,
 ) -> None:
     """adaattn_backward with a workspace of its own."""
@@ -82,7 +86,7 @@ def backward(
     name = _kernel_name(options)
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, *dout, lse, *dq, *dk, *dv, key_lengths,
-        *options.flat(addressof(name) if name else 0, execution.num_threads, execution.deterministic),
+        *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
         0, 0, execution.stream,
     )  # fmt: skip
     pointer = byref(args)
@@ -97,13 +101,11 @@ def backward(
 
 
 def reference_forward(
-    q: View, k: View, v: View, mask: View | None, key_lengths: int, options: CallOptions, out: int, lse: int
+    q: View, k: View, v: View, mask: View | None, key_lengths: int, options: Options, out: int, lse: int
 ) -> None:
     """adaattn_reference_forward; out and lse are addresses of contiguous FP64 memory."""
     args = _library.ForwardArgs()
-    _FORWARD.pack_into(
-        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *options.flat(), 0, 0, 0
-    )
+    _FORWARD.pack_into(args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), 0, 0, 0)
     _library.check(_library.library().adaattn_reference_forward(byref(args), out, lse))
 
 
@@ -114,7 +116,7 @@ def reference_backward(
     mask: View | None,
     dout: View,
     key_lengths: int,
-    options: CallOptions,
+    options: Options,
     dq: int,
     dk: int,
     dv: int,
@@ -123,7 +125,7 @@ def reference_backward(
     args = _library.BackwardArgs()
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, *dout, 0, *NO_VIEW, *NO_VIEW, *NO_VIEW, key_lengths,
-        *options.flat(), 0, 0, 0,
+        *flat(options), 0, 0, 0,
     )  # fmt: skip
     _library.check(_library.library().adaattn_reference_backward(byref(args), dq, dk, dv))
 
@@ -142,7 +144,7 @@ def merge(parts: list[View], part_lses: list[int], out: View, lse: int, num_thre
     _library.check(_library.library().adaattn_merge(byref(args)))
 
 
-def describe(problem: tuple[View, View, View, View | None, View] | None, statistics: bool, options: CallOptions) -> str:
+def describe(problem: tuple[View, View, View, View | None, View] | None, statistics: bool, options: Options) -> str:
     """adaattn_describe as JSON text, about the machine alone if problem (q, k, v, mask, out) is None."""
     library = _library.library()
     pointer = None
@@ -153,7 +155,7 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
         wanted = 64 if statistics else 0  # only NULL or not is looked at
         _FORWARD.pack_into(
             args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 0,
-            *options.flat(addressof(name) if name else 0), 0, 0, 0,
+            *flat(options, addressof(name) if name else 0), 0, 0, 0,
         )  # fmt: skip
         pointer = byref(args)
     needed = ctypes.c_size_t()
@@ -163,5 +165,6 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
     return text.value.decode()
 
 
-def _kernel_name(options: CallOptions) -> ctypes.Array[ctypes.c_char] | None:
-    return ctypes.create_string_buffer(options.kernel.encode()) if options.kernel is not None else None
+def _kernel_name(options: Options) -> ctypes.Array[ctypes.c_char] | None:
+    name = options[-1]
+    return None if name is None else ctypes.create_string_buffer(name.encode())

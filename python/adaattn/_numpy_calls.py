@@ -25,7 +25,7 @@ class _Problem:
         self.lengths = None if key_lengths is None else key_lengths_array(key_lengths, q.shape[0])
         self.lengths_address = 0 if self.lengths is None else int(self.lengths.ctypes.data)
         self.out_shape = (*q.shape[:3], v.shape[3])
-        check_output_size(self.out_shape)
+        check_output_size(q.shape, v.shape)
 
 
 class _Workspace:
@@ -38,27 +38,26 @@ class _Workspace:
 
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """(out, lse, entropy, max_probability); the last two only if statistics are wanted."""
+) -> tuple[Array, ...]:
+    """(out, lse), or (out, lse, entropy, max_probability) if statistics are wanted."""
     problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
     out = np.empty(problem.out_shape, q.dtype)
-    lse = np.empty(q.shape[:3], np.float32)
-    entropy = np.empty(q.shape[:3], np.float32) if statistics else None
-    max_probability = np.empty(q.shape[:3], np.float32) if statistics else None
+    rows = [np.empty(q.shape[:3], np.float32) for _ in range(3 if statistics else 1)]
+    lse, entropy, max_probability = (*(int(row.ctypes.data) for row in rows), 0, 0)[:3]
     _calls.forward(
         problem.q,
         problem.k,
         problem.v,
         problem.mask,
         contiguous_view(out),
-        lse.ctypes.data,
-        0 if entropy is None else entropy.ctypes.data,
-        0 if max_probability is None else max_probability.ctypes.data,
+        lse,
+        entropy,
+        max_probability,
         problem.lengths_address,
         options,
         _calls.Execution(_Workspace()),
     )
-    return out, lse, entropy, max_probability
+    return out, *rows
 
 
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:

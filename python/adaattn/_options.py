@@ -25,22 +25,26 @@ class CallOptions(NamedTuple):
     sinks: int = 0
     kernel: str | None = None
 
-    def flat(self, kernel: int = 0, num_threads: int = 0, deterministic: bool = False) -> tuple[Any, ...]:
-        """The fields of adaattn_options in order; kernel is the address of the name, or 0."""
-        scale = self.scale
-        return (
-            self.error,
-            0.0 if scale is None else scale,
-            scale is not None,
-            self.causal,
-            self.bottom_right,
-            self.window_left,
-            self.window_right,
-            self.sinks,
-            num_threads,
-            deterministic,
-            kernel,
-        )
+
+def flat(
+    options: tuple[Any, ...], kernel: int = 0, num_threads: int = 0, deterministic: bool = False
+) -> tuple[Any, ...]:
+    """The fields of adaattn_options in order; kernel is the address of the name, or 0."""
+    error, scale, causal, bottom_right, left, right, sinks, _ = options
+    has_scale = scale is not None
+    return (
+        error,
+        scale if has_scale else 0.0,
+        has_scale,
+        causal,
+        bottom_right,
+        left,
+        right,
+        sinks,
+        num_threads,
+        deterministic,
+        kernel,
+    )
 
 
 def _number(name: str, value: Any) -> float:

@@ -16,10 +16,8 @@ def check_heads(q: Sequence[int], k: Sequence[int], v: Sequence[int], enable_gqa
         )
 
 
-def check_output_size(shape: Sequence[int]) -> None:
+def check_output_size(q: Sequence[int], v: Sequence[int]) -> None:
     """Raises ValueError if no memory could hold the output, before NumPy or torch fail in their own words."""
-    count = 1
-    for size in shape:
-        count *= size
-    if count > _MOST_ELEMENTS:
-        raise ValueError(f"the output (B, Hq, Nq, Dv) = {tuple(shape)} of q and v is too large: over 2**50 elements")
+    if q[0] * q[1] * q[2] * v[3] > _MOST_ELEMENTS:
+        shape = (q[0], q[1], q[2], v[3])
+        raise ValueError(f"the output (B, Hq, Nq, Dv) = {shape} of q and v is too large: over 2**50 elements")

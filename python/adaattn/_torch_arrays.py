@@ -22,9 +22,10 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 def view(name: str, tensor: Tensor, q: Tensor, is_mask: bool = False) -> View:
     """View of a 4-dimensional tensor on the device of q. Raises TypeError or ValueError, naming the argument."""
-    if tensor.dim() != 4:
+    shape = tensor.shape
+    if len(shape) != 4:
         meaning = "(B or 1, Hq or 1, Nq or 1, Nk or 1)" if is_mask else "(B, H, N, D)"
-        raise ValueError(f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}, must have 4: {meaning}")
+        raise ValueError(f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, must have 4: {meaning}")
     code = _DTYPES.get(tensor.dtype)
     if code is None or (code == _library.BOOL and not is_mask):
         allowed = "bool, float32 or that of q" if is_mask else "float32, float16 or bfloat16"
@@ -32,7 +33,8 @@ def view(name: str, tensor: Tensor, q: Tensor, is_mask: bool = False) -> View:
     if tensor is not q:
         _check_device(name, tensor, q)
     # An empty tensor still needs an address: a view without one means "no mask" to the library.
-    return tensor.data_ptr() or 64, code, tensor.is_cuda, *tensor.shape, *tensor.stride()
+    address = tensor.data_ptr() or 64
+    return address, code, tensor.is_cuda, *shape, *tensor.stride()  # type: ignore[return-value]  # 4 and 4
 
 
 def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
@@ -69,10 +71,16 @@ def empty_in_order_of(tensor: Tensor, dim: int) -> Tensor:
 
     So a model that splits (B, N, H * D) into heads joins them again without a copy, as with torch's own attention.
     """
-    b, h, n = tensor.shape[:3]
-    if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty_strided((b, h, n, dim), (n * h * dim, dim, h * dim, 1))
-    return tensor.new_empty((b, h, n, dim))
+    b, h, n, _ = tensor.shape
+    _, head, token, _ = tensor.stride()
+    inner = (dim, h * dim, 1) if head < token else (n * dim, dim, 1)
+    return tensor.new_empty_strided((b, h, n, dim), (h * n * dim, *inner))
+
+
+def empty_rows(tensor: Tensor) -> Tensor:
+    """A new contiguous float32 (B, H, N) tensor for a (B, H, N, D) one."""
+    b, h, n, _ = tensor.shape
+    return torch.empty((b, h, n), dtype=torch.float32, device=tensor.device)
 
 
 class _Workspace:

@@ -17,15 +17,12 @@ from adaattn._torch_arrays import key_lengths_address, view
 
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(out, lse, entropy, max_probability); the last two only if statistics are wanted."""
+) -> tuple[Tensor, ...]:
+    """(out, lse), or (out, lse, entropy, max_probability) if statistics are wanted."""
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
-    if statistics:
-        every: tuple[Tensor, Tensor, Tensor, Tensor]
-        every = torch_op.forward_statistics_op(q, k, v, attn_mask, key_lengths, *options)
-        return every
-    out, lse = torch_op.forward_op(q, k, v, attn_mask, key_lengths, *options)
-    return out, lse, None, None
+    op = torch_op.forward_statistics_op if statistics else torch_op.forward_op
+    results: tuple[Tensor, ...] = torch_op.call(op, q, k, v, attn_mask, key_lengths, *options)
+    return results
 
 
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
@@ -85,6 +82,13 @@ def _reference_inputs(
     return (view("q", q, q), view("k", k, q), view("v", v, q), mask), key_lengths
 
 
+def _shape(name: str, value: Any) -> torch.Size:
+    shape = _tensor(name, value).shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, must have 4: (B, H, N, D)")
+    return shape
+
+
 def _tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is of type {type(value).__name__}, must be a torch tensor like q")
@@ -97,13 +101,9 @@ def _checked(
     q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Checks what the operators cannot, and returns mask and key lengths as they want them."""
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        if _tensor(name, value).dim() != 4:
-            raise ValueError(
-                f"{name} has {value.dim()} dimensions, shape {tuple(value.shape)}, must have 4: (B, H, N, D)"
-            )
-    check_heads(q.shape, k.shape, v.shape, enable_gqa)
-    check_output_size((*q.shape[:3], v.shape[3]))
+    shapes = _shape("q", q), _shape("k", k), _shape("v", v)
+    check_heads(*shapes, enable_gqa)
+    check_output_size(shapes[0], shapes[2])
     if attn_mask is not None:
         dims = _tensor("attn_mask", attn_mask).dim()
         if not 1 <= dims <= 4:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaattn import _calls, _torch_arrays
 from adaattn._options import CallOptions
-from adaattn._torch_arrays import empty_in_order_of, view
+from adaattn._torch_arrays import empty_in_order_of, empty_rows, view
 
 
 def _run_forward(
@@ -29,7 +29,7 @@ def _run_forward(
             entropy,
             max_probability,
             _torch_arrays.key_lengths_address(key_lengths, q),
-            CallOptions(*options),
+            options,
             _torch_arrays.execution_on(q),
         )
     return results
@@ -37,8 +37,9 @@ def _run_forward(
 
 def forward_results(q: Tensor, v: Tensor, statistics: bool) -> tuple[Tensor, ...]:
     out = empty_in_order_of(q, v.shape[3])
-    rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3 if statistics else 1)]
-    return (out, *rows)
+    if statistics:
+        return out, empty_rows(q), empty_rows(q), empty_rows(q)
+    return out, empty_rows(q)
 
 
 def forward(
@@ -138,4 +139,4 @@ def merge_cuda(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def merge_results(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     first = outs[0]
-    return empty_in_order_of(first, first.shape[3]), first.new_empty(first.shape[:3], dtype=torch.float32)
+    return empty_in_order_of(first, first.shape[3]), empty_rows(first)

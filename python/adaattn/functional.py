@@ -73,18 +73,13 @@ def attention(
     _refuse_both(is_causal, attn_mask)
     calls = _calls_for(q)
     gqa = _options.flag("enable_gqa", enable_gqa)
-    if not return_lse and not return_metrics and calls is not _numpy_calls:
-        return calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)[0]
-    out, lse, entropy, max_probability = calls.attention(
-        q, k, v, attn_mask, key_lengths, gqa, bool(return_metrics), options
-    )
-    result = [out]
-    if return_lse:
-        result.append(lse)
-    if return_metrics:
-        facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options))
-        result.append(_metrics(facts, q, k, entropy, max_probability, options))
-    return tuple(result) if len(result) > 1 else out
+    out, lse, *statistics = calls.attention(q, k, v, attn_mask, key_lengths, gqa, bool(return_metrics), options)
+    if not return_metrics:
+        return (out, lse) if return_lse else out
+    facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options))
+    entropy, max_probability = statistics
+    metrics = _metrics(facts, q, k, entropy, max_probability, options)
+    return (out, lse, metrics) if return_lse else (out, metrics)
 
 
 def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:

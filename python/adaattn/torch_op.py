@@ -7,10 +7,12 @@ out and lse, also merged ones: ring attention calls it per set of keys.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from adaattn._torch_kernels import (
     backward,
@@ -23,6 +25,9 @@ from adaattn._torch_kernels import (
     merge_results,
 )
 
+# What torch.library itself uses for this; private, so its absence only costs speed.
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? key_lengths"
 _OPTIONS = (
     "float error, float? scale, bool causal, bool bottom_right, int window_left, int window_right, int sinks, "
@@ -30,6 +35,7 @@ _OPTIONS = (
 )
 
 _library: Any = torch.library  # untyped
+_unpack_dual: Any = forward_ad.unpack_dual
 _lib = _library.Library("adaattn", "DEF")
 for _schema in (
     f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
@@ -74,7 +80,7 @@ for _name, _fake in (
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    if ctx.needs_input_grad[3]:
+    if inputs[3] is not None and inputs[3].requires_grad:
         raise NotImplementedError(
             "attn_mask requires grad, but gets no gradient: detach it, or use PyTorch's attention"
         )
@@ -111,6 +117,42 @@ for _name in ("adaattn::forward", "adaattn::forward_statistics"):
     _library.register_autograd(_name, _differentiate, setup_context=_save, lib=_lib)
 _library.register_autograd("adaattn::backward", _refuse_double_backward, lib=_lib)
 _library.register_autograd("adaattn::merge", _refuse_double_backward, setup_context=_refuse_merge_gradient, lib=_lib)
+
+
+class _Attention(torch.autograd.Function):
+    """The same formula for eager calls: register_autograd looks its schema up anew in every call, which takes longer
+    than all the rest."""
+
+    @staticmethod
+    def forward(*inputs_and_op: Any) -> Any:
+        *inputs, op = inputs_and_op
+        return _call_below_autograd(op, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return *_differentiate(ctx, *gradients), None
+
+
+def call(op: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *rest: Any) -> Any:
+    """op(q, k, v, attn_mask, *rest) on the shortest way through torch that gives the same."""
+    if torch.compiler.is_compiling():
+        return op(q, k, v, attn_mask, *rest)
+    if forward_ad._current_level >= 0 and any(_unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise NotImplementedError("adaattn has no forward-mode derivatives: q, k or v is a dual tensor")
+    needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    if torch.is_grad_enabled() and (needs_grad or (attn_mask is not None and attn_mask.requires_grad)):
+        return _Attention.apply(q, k, v, attn_mask, *rest, op)
+    return _call_below_autograd(op, q, k, v, attn_mask, *rest)
+
+
+def _call_below_autograd(op: Any, *args: Any) -> Any:
+    """Skips the autograd kernel, a round trip through Python, where nothing is recorded."""
+    with _below_autograd():
+        return op(*args)
 
 
 def _register_autocast(op: Any, device: str) -> None:
