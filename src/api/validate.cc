@@ -27,24 +27,24 @@ bool has_elements(const adaattn_tensor& t) {
   return t.shape[0] != 0 && t.shape[1] != 0 && t.shape[2] != 0 && t.shape[3] != 0;
 }
 
-// Sizes and byte offsets must be representable: every kernel computes them in 64 bits without checking again.
+// Kernels compute sizes and byte offsets in 64 bits without checking again. 2^42 elements (dimensions of 0 count as 1,
+// for they multiply other tensors' sizes) leave room for workspaces of a padded float32 copy per thread.
 void check_extent(const char* name, const adaattn_tensor& t) {
   std::int64_t count = 1, reach = 0;
   bool overflow = false;
   for (int axis = 0; axis < 4; ++axis) {
     if (t.shape[axis] < 0) refuse(name, ".shape[", axis, "] (", kAxes[axis], ") is ", t.shape[axis], ", must be >= 0");
     std::int64_t step = 0;
-    overflow |= __builtin_mul_overflow(count, t.shape[axis], &count);
+    overflow |= __builtin_mul_overflow(count, std::max<std::int64_t>(t.shape[axis], 1), &count);
     overflow |= t.stride[axis] == INT64_MIN;
     overflow = overflow ||
                __builtin_mul_overflow(std::abs(t.stride[axis]), std::max<std::int64_t>(t.shape[axis] - 1, 0), &step);
     overflow = overflow || __builtin_add_overflow(reach, step, &reach);
   }
-  // 8 bytes an element covers every dtype here and the FP64 reference; one factor of 2^10 is kept for kernels' sums.
-  constexpr std::int64_t kMost = INT64_MAX / 8 / 1024;
-  if (overflow || count > kMost || reach > kMost)
+  constexpr std::int64_t kMostElements = std::int64_t{1} << 42, kMostOffset = std::int64_t{1} << 60;
+  if (overflow || count > kMostElements || reach > kMostOffset)
     refuse(name, " with shape ", shape_text(t), " and strides [", t.stride[0], ", ", t.stride[1], ", ", t.stride[2],
-           ", ", t.stride[3], "] is too large: sizes and offsets must stay below ", kMost, " elements");
+           ", ", t.stride[3], "] is too large: at most 2^42 elements, and offsets of at most 2^60 elements");
 }
 
 void check_dtype_and_device(const char* name, const adaattn_tensor& t) {

@@ -227,7 +227,7 @@ std::size_t backward_workspace(const adaattn_backward_args& args) {
 void backward(const adaattn_backward_args& args) {
   const int threads = thread_count(args.options.num_threads);
   const BackwardPlan plan = make_backward_plan(args, threads);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads_for(args.q, args.k, args.v, threads))
   {
     Scratch scratch(args.workspace);
     const BackwardArrays arrays = lay_out_shared(plan, scratch);

@@ -224,8 +224,7 @@ std::size_t decode_workspace(const adaattn_forward_args& args) {
 void decode(const adaattn_forward_args& args) {
   const int threads = thread_count(args.options.num_threads);
   const DecodePlan plan = make_decode_plan(args, threads);
-  const std::int64_t scores = args.q.shape[0] * args.q.shape[1] * args.q.shape[2] * args.k.shape[2];
-#pragma omp parallel num_threads(threads_for(scores*(args.q.shape[3] + args.v.shape[3]), threads))
+#pragma omp parallel num_threads(threads_for(args.q, args.k, args.v, threads))
   {
     Scratch scratch(args.workspace);
     const DecodeArrays arrays = lay_out_shared(plan, scratch);

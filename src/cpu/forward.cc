@@ -252,8 +252,7 @@ std::size_t forward_workspace(const adaattn_forward_args& args) {
 void forward(const adaattn_forward_args& args) {
   const int threads = thread_count(args.options.num_threads);
   const ForwardPlan plan = make_forward_plan(args, threads);
-  const std::int64_t scores = args.q.shape[0] * args.q.shape[1] * args.q.shape[2] * args.k.shape[2];
-#pragma omp parallel num_threads(threads_for(scores*(args.q.shape[3] + args.v.shape[3]), threads))
+#pragma omp parallel num_threads(threads_for(args.q, args.k, args.v, threads))
   {
     Scratch scratch(args.workspace);
     const ForwardScratch mine = lay_out_thread(args, scratch, omp_get_thread_num());
