@@ -60,6 +60,31 @@ def attention(
     return out, *rows
 
 
+def backward(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, out: Any, lse: Any, dout: Any, options: CallOptions
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) in the dtype of q, from an out and its float32 lse; heads may be grouped."""
+    problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa=True)
+    rows = _float32_rows("lse", lse, q)
+    dq, dk, dv = (np.empty(array.shape, array.dtype) for array in (q, k, v))
+    _calls.backward(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.mask,
+        view("out", out),
+        view("dout", dout),
+        rows.ctypes.data,
+        contiguous_view(dq),
+        contiguous_view(dk),
+        contiguous_view(dv),
+        problem.lengths_address,
+        options,
+        _calls.Execution(_Workspace()),
+    )
+    return dq, dk, dv
+
+
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
     """What the table says about the problem, as JSON text."""
     problem = _Problem(q, k, v, attn_mask, None, enable_gqa)
@@ -108,15 +133,18 @@ def reference_backward(
 def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Array, Array]:
     """(out, lse) of all parts."""
     views = [view(f"outs[{index}]", part) for index, part in enumerate(outs)]
-    part_lses = []
-    for index, (lse, part) in enumerate(zip(lses, outs, strict=True)):
-        check_array(f"lses[{index}]", lse)
-        if lse.dtype != np.float32:
-            raise TypeError(f"lses[{index}] has dtype {lse.dtype}, must be float32")
-        if lse.shape != part.shape[:3]:
-            raise ValueError(f"lses[{index}] has shape {lse.shape}, must be {part.shape[:3]}, (B, H, N) of its part")
-        part_lses.append(np.require(lse, requirements=["C", "A"]))
+    part_lses = [_float32_rows(f"lses[{index}]", lse, outs[index]) for index, lse in enumerate(lses)]
     out, merged_lse = np.empty(outs[0].shape, outs[0].dtype), np.empty(outs[0].shape[:3], np.float32)
     addresses = [int(lse.ctypes.data) for lse in part_lses]
     _calls.merge(views, addresses, contiguous_view(out), int(merged_lse.ctypes.data), num_threads=0)
     return out, merged_lse
+
+
+def _float32_rows(name: str, value: Any, part: Array) -> Array:
+    """An LSE as the library takes it."""
+    rows = check_array(name, value)
+    if rows.dtype != np.float32:
+        raise TypeError(f"{name} has dtype {rows.dtype}, must be float32")
+    if rows.shape != part.shape[:3]:
+        raise ValueError(f"{name} has shape {rows.shape}, must be (B, H, N) = {part.shape[:3]}")
+    return np.require(rows, requirements=["C", "A"])

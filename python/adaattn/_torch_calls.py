@@ -25,6 +25,15 @@ def attention(
     return results
 
 
+def backward(
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, out: Any, lse: Any, dout: Any, options: CallOptions
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) in the dtype of q, from an out and its float32 lse; heads may be grouped."""
+    attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa=True)
+    gradients: tuple[Tensor, ...] = torch_op.backward_op(dout, q, k, v, attn_mask, key_lengths, out, lse, *options)
+    return gradients
+
+
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
     """What the table says about the problem, as JSON text."""
     attn_mask, _ = _checked(q, k, v, attn_mask, None, enable_gqa)
