@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ class Case:
     @property
     def score_size(self) -> float:
         """Standard deviation of the scaled scores: inputs are standard normal, so that of a dot product is sqrt(D)."""
-        return float(self.options.get("scale", self.q[3] ** -0.5)) * self.q[3] ** 0.5
+        deviation = math.sqrt(self.q[3])
+        return float(self.options.get("scale", 1 / deviation)) * deviation
 
     @property
     def rows(self) -> int:
@@ -59,6 +61,14 @@ CASES = (
     Case("grouped heads", q=(2, 8, 48, 64), keys=(2, 48)),
     Case("grouped heads float16", q=(2, 8, 48, 64), keys=(1, 48), dtype="float16"),
     Case("one query", q=(2, 4, 1, 64), keys=(2, 257)),
+    Case("one query, grouped float16", q=(2, 8, 1, 64), keys=(2, 200), dtype="float16"),
+    Case("one query, key lengths", q=(3, 4, 1, 64), keys=(4, 100), options={"key_lengths": [100, 13, 0]}),
+    Case(
+        "three queries after a cache",
+        q=(1, 2, 3, 64),
+        keys=(2, 300),
+        options={"is_causal": True, "alignment": "bottom_right"},
+    ),
     Case("bool mask", q=(2, 2, 30, 64), keys=(2, 70), mask="bool"),
     Case("additive mask", q=(2, 2, 30, 64), keys=(2, 70), mask="additive"),
     Case("additive mask float16", q=(2, 2, 30, 64), keys=(2, 70), mask="additive", dtype="float16"),

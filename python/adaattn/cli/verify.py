@@ -95,14 +95,15 @@ def _table(results: list[Result]) -> str:
     for key, group in _groups(results).items():
         compared = [result for result in group if result.outcome.ratio is not None]
         if not compared:
-            rows.append((*key, "not run", "", "", group[0].outcome.reason))
+            rows.append((*key, "not run", "0", "0", str(len(group)), "", group[0].outcome.reason))
             continue
         worst = max(compared, key=lambda result: result.outcome.ratio or 0.0)
         wrong = sum(result.outcome.passed is False for result in compared)
         state = "FAILED" if wrong else "ok"
-        counts = f"{len(compared) - wrong} of {len(group)}"
-        rows.append((*key, state, counts, f"{worst.outcome.ratio:.3g}", worst.case))
-    return table(("kernel", "operation", "device", "state", "passed", "error/tolerance", "worst case"), rows)
+        counts = str(len(compared) - wrong), str(wrong), str(len(group) - len(compared))
+        rows.append((*key, state, *counts, f"{worst.outcome.ratio:.3g}", worst.case))
+    header = ("kernel", "operation", "device", "state", "passed", "failed", "declined", "error/tolerance", "worst case")
+    return table(header, rows)
 
 
 def _verbose_table(results: list[Result]) -> str:
