@@ -25,7 +25,7 @@ using FloatVector = hn::Vec<FloatTag>;
 // registers: 16 on AVX2 and before, 32 on AVX-512 and NEON.
 constexpr std::size_t kVectorLanes = hn::MaxLanes(FloatTag());
 constexpr std::size_t kPanelLanes = 2 * kVectorLanes;
-constexpr std::size_t kMicroRows = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 8 : 6;
+constexpr std::size_t kMicroRows = HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON ? 8 : 6;
 
 // How A is laid out: element (row, k) is a[row * lda + k], or a[k * lda + row].
 enum class ALayout { kRowMajor, kTransposed };
