@@ -8,6 +8,9 @@ from adaattn.functional import attention, describe, merge, reference, reference_
 from adaattn.metrics import Metrics
 
 if TYPE_CHECKING:
+    from adaattn._fallbacks import HookStatistics
+    from adaattn.hf import register_transformers
+    from adaattn.hooks import disable, enable, enabled, hook_statistics, is_enabled
     from adaattn.module import AdaptiveAttention
 
 try:
@@ -18,17 +21,31 @@ except PackageNotFoundError:  # run from a source tree
 # What needs torch is imported at its first use: torch takes seconds, and may not be there.
 _NEED_TORCH = {
     "AdaptiveAttention": "adaattn.module",
+    "HookStatistics": "adaattn._fallbacks",
+    "disable": "adaattn.hooks",
+    "enable": "adaattn.hooks",
+    "enabled": "adaattn.hooks",
+    "hook_statistics": "adaattn.hooks",
+    "is_enabled": "adaattn.hooks",
+    "register_transformers": "adaattn.hf",
 }
 
 __all__ = [
     "AdaptiveAttention",
+    "HookStatistics",
     "Metrics",
     "__version__",
     "attention",
     "describe",
+    "disable",
+    "enable",
+    "enabled",
+    "hook_statistics",
+    "is_enabled",
     "merge",
     "reference",
     "reference_backward",
+    "register_transformers",
 ]
 
 
