@@ -68,7 +68,7 @@ typedef struct adaattn_options {
   int64_t window_left;   /* keys more than this many before the diagonal are hidden; -1: no limit */
   int64_t window_right;  /* keys more than this many after the diagonal are hidden; -1: no limit */
   int64_t sinks;         /* this many first keys stay visible left of the window (StreamingLLM, arXiv 2309.17453) */
-  int32_t num_threads;   /* CPU threads; 0: OpenMP's default */
+  int32_t num_threads;   /* CPU threads, at most 1024; 0: OpenMP's default */
   int32_t deterministic; /* 1: the same inputs give the same bits on every run (CPU kernels always do) */
   const char* kernel;    /* name of the only kernel to consider, NULL: the first of the table that takes the problem */
 } adaattn_options;

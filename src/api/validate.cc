@@ -103,6 +103,13 @@ void check_output(const char* name, const adaattn_tensor& t, const adaattn_tenso
   check_writable(name, t);
 }
 
+// OpenMP runtimes end the process when they cannot have as many threads as they are asked for.
+void check_threads(const char* name, std::int32_t count) {
+  constexpr std::int32_t kMostThreads = 1024;
+  if (count < 0 || count > kMostThreads)
+    refuse(name, " is ", count, ", must be in 0..", kMostThreads, " (0: OpenMP's default)");
+}
+
 void check_options(const adaattn_options& o) {
   if (!(o.error >= 0) || std::isinf(o.error))
     refuse("options.error is ", o.error, ", must be a finite number >= 0 (0 is exact)");
@@ -112,7 +119,7 @@ void check_options(const adaattn_options& o) {
   if (o.window_left < -1) refuse("options.window_left is ", o.window_left, ", must be >= 0, or -1 for no limit");
   if (o.window_right < -1) refuse("options.window_right is ", o.window_right, ", must be >= 0, or -1 for no limit");
   if (o.sinks < 0) refuse("options.sinks is ", o.sinks, ", must be >= 0");
-  if (o.num_threads < 0) refuse("options.num_threads is ", o.num_threads, ", must be >= 0 (0: OpenMP's default)");
+  check_threads("options.num_threads", o.num_threads);
 }
 
 void check_mask(const adaattn_tensor& mask, const adaattn_tensor& q, const adaattn_tensor& k, Need need) {
@@ -191,7 +198,7 @@ void validate(const adaattn_merge_args& args) {
   if (args.count < 1) refuse("count is ", args.count, ", must be >= 1");
   if (args.parts == nullptr) refuse("parts is NULL");
   if (args.part_lses == nullptr) refuse("part_lses is NULL");
-  if (args.num_threads < 0) refuse("num_threads is ", args.num_threads, ", must be >= 0 (0: OpenMP's default)");
+  check_threads("num_threads", args.num_threads);
   const adaattn_tensor& first = args.parts[0];
   for (std::int64_t i = 0; i < args.count; ++i) {
     const std::string name = concat("parts[", i, "]");

@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__x86_64__)
 __attribute__((target("f16c"))) std::uint16_t by_hardware(float value) {
-  return static_cast<std::uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+  return static_cast<std::uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
 }
 bool have_hardware() { return __builtin_cpu_supports("avx2") != 0; }  // every processor with AVX2 has F16C
 #else
