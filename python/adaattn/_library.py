@@ -194,4 +194,5 @@ def check(status: int) -> None:
     message: str = library().adaattn_last_error().decode(errors="replace")
     message = re.sub(r"^mask(?=[ .])", "attn_mask", message)
     message = re.sub(r"^options\.", "", message)
+    message = re.sub(r"^parts(?=\[)", "outs", re.sub(r"^part_lses(?=\[)", "lses", message))
     raise _EXCEPTIONS.get(status, RuntimeError)(message)

@@ -111,6 +111,9 @@ def _checked(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Checks what the operators cannot, and returns mask and key lengths as they want them."""
     shapes = _shape("q", q), _shape("k", k), _shape("v", v)
+    for name, value in (("k", k), ("v", v), ("attn_mask", attn_mask)):
+        if isinstance(value, Tensor) and value.device != q.device:
+            raise ValueError(f"{name} is on {value.device}, must be where q is, on {q.device}")
     check_heads(*shapes, enable_gqa)
     check_output_size(shapes[0], shapes[2])
     if attn_mask is not None:

@@ -7,7 +7,9 @@ out and lse, also merged ones: ring attention calls it per set of keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,11 +93,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dout: Tensor | None, *_: Any, run: Callable[..., Any] = backward_op
+) -> tuple[Tensor | None, ...]:
     none = (None,) * (2 + len(ctx.options))
     if dout is None:
         return None, None, None, *none
-    gradients = backward_op(dout, *ctx.saved_tensors, *ctx.options)
+    gradients = run(dout, *ctx.saved_tensors, *ctx.options)
     wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
     return *wanted, *none
 
@@ -134,12 +138,30 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return *_differentiate(ctx, *gradients), None
+        recorded = torch.is_grad_enabled()  # create_graph=True
+        run = _Gradients.apply if recorded else partial(_call_below_autograd, backward_op)
+        return *_differentiate(ctx, *gradients, run=run), None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward operator in an eager graph, where it refuses second derivatives."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _call_below_autograd(backward_op, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        _refuse_double_backward(ctx)
 
 
 def call(op: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *rest: Any) -> Any:
     """op(q, k, v, attn_mask, *rest) on the shortest way through torch that gives the same."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
         return op(q, k, v, attn_mask, *rest)
     if forward_ad._current_level >= 0 and any(_unpack_dual(x).tangent is not None for x in (q, k, v)):
         raise NotImplementedError("adaattn has no forward-mode derivatives: q, k or v is a dual tensor")
