@@ -188,6 +188,8 @@ void finish_decode_row(const DecodePlan& plan, std::int64_t row, const DecodeArr
     for (std::size_t at = 0; at < plan.width_v; ++at)
       total[at] = (split == 0 ? 0.0F : total[at]) + static_cast<float>(factor) * from[at];
   }
+  // Products that came out as -inf without a mask: no key counts, but their clamped exponentials were summed.
+  if (whole.top == kNegativeInfinity && !std::isnan(whole.sum)) whole.sum = 0;
   constexpr double kLn2 = 0.69314718055994530942;
   const double log_sum = std::log(whole.sum);
   const float inverse = whole.sum == 0 ? 0.0F : static_cast<float>(1 / whole.sum);

@@ -169,7 +169,9 @@ HWY_NOINLINE void finish_panel(const ForwardPlan& plan, const ForwardScratch& sc
   const RowState& state = panel.state;
   float inverse[kPanelLanes];
   for (std::size_t lane = 0; lane < static_cast<std::size_t>(panel.rows.count); ++lane) {
-    const double sum = state.sum[lane], log_sum = std::log(sum);
+    // Products that came out as -inf without a mask: no key counts, but their clamped exponentials were summed.
+    const bool nothing = state.top[lane] == kNegativeInfinity && !std::isnan(state.sum[lane]);
+    const double sum = nothing ? 0 : state.sum[lane], log_sum = std::log(sum);
     constexpr double kLn2 = 0.69314718055994530942;
     inverse[lane] = sum == 0 ? 0.0F : static_cast<float>(1 / sum);
     const auto at = (panel.rows.b * args.q.shape[1] + panel.rows.first_head) * panel.rows.nq + panel.rows.first +

@@ -65,6 +65,7 @@ def dense(q, k, v, *, attn_mask=None, scale=None, enable_gqa=True, **visibility)
             seen = seen & mask
         else:
             scores = scores + mask.astype(np.float64)
+            seen = seen & (mask != -np.inf)  # hides whatever the key holds
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(-1, keepdims=True, initial=-np.inf)
     weights = np.where(scores == -np.inf, 0.0, np.exp(scores - top))

@@ -56,7 +56,7 @@ def relative_error(result: Array, truth: Array, scale: Array | None = None) -> f
     sizes = np.linalg.norm(truth, axis=(-2, -1)) if scale is None else scale
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(errors == 0, 0.0, errors / sizes)
-    return float(np.nan_to_num(ratios, nan=np.inf).max())
+    return float(np.nan_to_num(ratios, nan=np.inf, posinf=np.inf).max())
 
 
 def _forward_ratio(case: Case, tensors: dict[str, Any], kernel: str) -> float:

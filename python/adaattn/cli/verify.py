@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -125,4 +126,6 @@ def _summary(results: list[Result], compared: int, failed: int) -> dict[str, Any
     every = [{**asdict(result), **asdict(result.outcome), "passed": result.outcome.passed} for result in results]
     for entry in every:
         del entry["outcome"]
+        if entry["ratio"] == math.inf:  # JSON has no infinity; passed says the rest
+            entry["ratio"] = None
     return {"passed": compared - failed, "failed": failed, "results": every}
