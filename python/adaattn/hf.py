@@ -77,9 +77,11 @@ def adaattn_attention_forward(
         except NotImplementedError as refusal:
             reason = str(refusal)
         else:
-            calls.count_taken()
+            if not torch.compiler.is_dynamo_compiling():  # counting takes a lock, which would break the graph
+                calls.count_taken()
             return out.transpose(1, 2).contiguous(), None
-    calls.count_returned(f"transformers: {reason}")
+    if not torch.compiler.is_dynamo_compiling():
+        calls.count_returned(f"transformers: {reason}")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(

@@ -219,6 +219,18 @@ def test_calls_handed_back_one_by_one(reason: str, monkeypatch: pytest.MonkeyPat
     assert adaattn.hook_statistics().returned == {f"transformers: {expected}": 1}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiled_in_one_graph(dropout: float) -> None:
+    model, ids = tiny_llama(attention_dropout=dropout), batch()["input_ids"]
+    expected = logits(model, "eager", input_ids=ids, use_cache=False)
+    model.set_attn_implementation("adaattn")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        close(compiled(ids, use_cache=False).logits, expected, TINY_TERMS)
+        if dropout:
+            assert compiled.train()(ids, use_cache=False).logits.shape == expected.shape
+
+
 def test_attention_sinks_are_refused() -> None:
     q = torch.randn(1, 4, 5, 8)
     with pytest.raises(ValueError, match="s_aux"):

@@ -49,7 +49,10 @@ def add_parser(subparsers: Any) -> None:
         "--error", type=float, default=0.0, metavar="E", help="AdaAttn's error budget per head (default 0, exact)"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: cuda if AdaAttn was built for it and there is a GPU",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on the CPU, else bfloat16"
@@ -89,8 +92,8 @@ def _device_and_dtype(device: str, dtype: str | None) -> tuple[str, str]:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but PyTorch sees no GPU here")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":  # a GPU, if AdaAttn, too, can run on it
+        device = "cuda" if torch.cuda.is_available() and describe()["cuda_devices"] else "cpu"
     return device, dtype or ("float32" if device == "cpu" else "bfloat16")
 
 
