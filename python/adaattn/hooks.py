@@ -175,7 +175,7 @@ def _route(
             reason = str(refusal)
         else:
             calls.count_taken()
-            return out.reshape(*query.shape[:-1], value.shape[-1])
+            return out if query.dim() == 4 else out[0]
     calls.count_returned(reason)
     result: torch.Tensor = _SDPA.decompose(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -235,4 +235,4 @@ def _why_not_mask(mask: torch.Tensor, query: torch.Tensor, is_causal: bool) -> s
 
 def _to_4d(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Leading dimensions of size 1 up to rank 4, which is what broadcasting would add."""
-    return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
+    return tensor if tensor is None or tensor.dim() == 4 else tensor[(None,) * (4 - tensor.dim())]
