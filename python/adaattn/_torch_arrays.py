@@ -80,7 +80,7 @@ def empty_in_order_of(tensor: Tensor, dim: int) -> Tensor:
 def empty_rows(tensor: Tensor) -> Tensor:
     """A new contiguous float32 (B, H, N) tensor for a (B, H, N, D) one."""
     b, h, n, _ = tensor.shape
-    return torch.empty((b, h, n), dtype=torch.float32, device=tensor.device)
+    return tensor.new_empty_strided((b, h, n), (h * n, n, 1), dtype=torch.float32)
 
 
 class _Workspace:

@@ -419,3 +419,31 @@ def test_cuda_tensors():
     truth = truth_of(*(x.cpu() for x in (q, k, v)))
     out, lse = adaattn.attention(q, k, v, return_lse=True)
     assert_forward(out, lse, truth, "bfloat16")
+
+
+def test_a_forward_kernel_without_a_backward_one_of_its_name_still_gets_gradients():
+    q, k, v = problem(nq=1, requires_grad=True)
+    truth = truth_of(q, k, v)
+    dout = torch.randn(truth.out.shape)
+    for kernel in kernels_for(q, k, v):
+        out = adaattn.attention(q, k, v, enable_gqa=True, kernel=kernel)
+        assert_backward(torch.autograd.grad(out, (q, k, v), dout), truth, dout.double().numpy(), "float32", kernel)
+
+
+def test_merge_in_torch_operators_agrees_with_the_library():
+    """What CUDA tensors take, here on the CPU."""
+    from adaattn._torch_kernels import merge_cpu, merge_cuda
+
+    outs = [torch.randn(2, 3, 5, 4) for _ in range(3)]
+    lses = [torch.randn(2, 3, 5) for _ in range(3)]
+    lses[0][0], lses[1][0, 0], lses[2][0, 0] = -torch.inf, -torch.inf, -torch.inf
+    outs[0][0] = torch.nan  # does not count
+    out, lse = merge_cuda(outs, lses)
+    expected, expected_lse = merge_cpu(outs, lses)
+    # The library sums in FP64, torch in FP32: a few roundings of values of order 1.
+    torch.testing.assert_close(out, expected, rtol=0, atol=8 * 2**-23)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=8 * 2**-23)
+    assert (out[0, 0] == 0).all()
+    for bad in (outs[1][:, :, :4], outs[1].half()):
+        with pytest.raises((TypeError, ValueError), match=r"^(out|lse)s\[1\]"):
+            merge_cuda([outs[0], bad], lses[:2])
