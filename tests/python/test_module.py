@@ -327,6 +327,11 @@ def test_nested_tensors_are_for_plain_self_attention() -> None:
     out = ours(nested)
     for got, part in zip(out.unbind(), parts, strict=True):
         close(got, ours(part))
+    sum(row.square().sum() for row in out.unbind()).backward()
+    gradient = ours.in_proj_weight.grad.clone()
+    ours.zero_grad()
+    sum(ours(part).square().sum() for part in parts).backward()
+    close(gradient, ours.in_proj_weight.grad, terms=400)
     with pytest.raises(ValueError, match="self-attention"):
         ours(nested, nested.clone(), nested)
     with pytest.raises(ValueError, match="need_weights=False"):
