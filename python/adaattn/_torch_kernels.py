@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -81,7 +82,7 @@ def backward(
             view("dk", gradients[1], q),
             view("dv", gradients[2], q),
             _torch_arrays.key_lengths_address(key_lengths, q),
-            _backward_options(CallOptions(*options)),
+            _backward_options(CallOptions(*options), q),
             _torch_arrays.execution_on(q),
         )
     return gradients
@@ -91,16 +92,20 @@ def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return tuple(empty_in_order_of(tensor, tensor.shape[3]) for tensor in (q, k, v))
 
 
-@lru_cache(maxsize=1)
-def _backward_kernels() -> frozenset[str]:
-    from adaattn.functional import describe
+@lru_cache(maxsize=2)
+def backward_kernels(device: str) -> frozenset[str]:
+    """Names of the backward kernels that this machine can run on tensors of the device, "cpu" or "cuda"."""
+    kernels = json.loads(_calls.describe(None, False, CallOptions()))["kernels"]
+    return frozenset(
+        kernel["name"]
+        for kernel in kernels
+        if kernel["operation"] == "backward" and kernel["device"] == device and not kernel["unavailable"]
+    )
 
-    return frozenset(kernel["name"] for kernel in describe()["kernels"] if kernel["operation"] == "backward")
 
-
-def _backward_options(options: CallOptions) -> CallOptions:
+def _backward_options(options: CallOptions, q: Tensor) -> CallOptions:
     """A kernel named for the forward pass holds for the backward pass only if there is one of that name."""
-    if options.kernel is None or options.kernel in _backward_kernels():
+    if options.kernel is None or options.kernel in backward_kernels("cuda" if q.is_cuda else "cpu"):
         return options
     return options._replace(kernel=None)
 

@@ -58,7 +58,8 @@ def attention(
             torch does), "bottom_right" the last query at the last key (queries that follow a KV cache).
         window: (left, right): hide keys more than left before or right after the diagonal; None is no limit.
         sinks: So many first keys stay visible left of the window (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
-        key_lengths: (B,) integers in 0..Nk; keys at and after them are hidden and never read.
+        key_lengths: (B,) integers in 0..Nk; keys at and after them are hidden and never read. For CUDA tensors an int64
+            tensor on the same device saves a copy.
         kernel: Name of the only kernel to consider (`adaattn info` lists them); None takes the first that fits.
 
     Returns:
@@ -73,12 +74,19 @@ def attention(
     _refuse_both(is_causal, attn_mask)
     calls = _calls_for(q)
     gqa = _options.flag("enable_gqa", enable_gqa)
-    out, lse, *statistics = calls.attention(q, k, v, attn_mask, key_lengths, gqa, bool(return_metrics), options)
     if not return_metrics:
+        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)
         return (out, lse) if return_lse else out
-    facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options))
-    entropy, max_probability = statistics
-    metrics = _metrics(facts, q, k, entropy, max_probability, options)
+    try:
+        facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options))
+    except NotImplementedError:  # perhaps only because of the statistics
+        facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, False, options))
+        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)
+        statistics: tuple[Any, Any] | None = None
+    else:
+        out, lse, *rows = calls.attention(q, k, v, attn_mask, key_lengths, gqa, True, options)
+        statistics = rows[0], rows[1]
+    metrics = _metrics(facts, q, k, statistics, options)
     return (out, lse, metrics) if return_lse else (out, metrics)
 
 
@@ -221,19 +229,23 @@ def _refuse_both(is_causal: bool, attn_mask: Any) -> None:
 
 
 def _metrics(
-    facts: dict[str, Any], q: Any, k: Any, entropy: Any, max_probability: Any, options: CallOptions
+    facts: dict[str, Any], q: Any, k: Any, statistics: tuple[Any, Any] | None, options: CallOptions
 ) -> Metrics:
     b, h, nq, _ = q.shape
-    chosen = facts["chosen"]
+    entropy, max_probability = (None, None) if statistics is None else map(_row_mean, statistics)
+    chosen = next(kernel for kernel in facts["kernels"] if kernel["name"] == facts["chosen"])
+    precision = "float64" if chosen["name"] == "reference_fp64" else "float32"
+    if chosen["device"] == "cuda":  # matrix units multiply in the inputs' dtype
+        precision = str(q.dtype).removeprefix("torch.")
     return Metrics(
-        kernel=chosen,
+        kernel=chosen["name"],
         form="dense",
-        compute_precision="float64" if chosen == "reference_fp64" else "float32",
+        compute_precision=precision,
         error_budget=options.error,
-        entropy=_row_mean(entropy),
-        max_probability=_row_mean(max_probability),
+        entropy=entropy,
+        max_probability=max_probability,
         memory_saved_gb=b * h * nq * k.shape[2] * q.dtype.itemsize / 1e9,
-        fallback=_fallback(facts, options),
+        fallback=_fallback(facts, statistics is not None, options),
     )
 
 
@@ -241,8 +253,10 @@ def _row_mean(rows: Any) -> Any:
     return rows.sum(-1) / rows.shape[-1] if rows.shape[-1] else rows.sum(-1) + float("nan")
 
 
-def _fallback(facts: dict[str, Any], options: CallOptions) -> str | None:
+def _fallback(facts: dict[str, Any], statistics: bool, options: CallOptions) -> str | None:
     reasons = []
+    if not statistics:
+        reasons.append("no kernel that takes this call reports entropy and largest probability")
     if options.error > 0:
         reasons.append(f"no adaptive kernel in this version, the exact one meets error={options.error:g}")
     if options.kernel is None:

@@ -11,7 +11,7 @@ from typing import Any
 class Metrics:
     """How one attention call was carried out, and what its softmax looked like.
 
-    entropy and max_probability are (B, Hq) arrays of the inputs' library (NumPy or torch, on their device) in float32.
+    entropy and max_probability are None or (B, Hq) float32 arrays like the inputs (NumPy, or torch on their device).
     """
 
     kernel: str
@@ -19,13 +19,15 @@ class Metrics:
     form: str
     """How the scores were represented: "dense" is all of them."""
     compute_precision: str
-    """Precision of scores, softmax and sums: "float32", or "float64" for the reference kernel."""
+    """Precision of the products: "float32", "float64" for the reference kernel, the dtype of q for matrix units of a
+    GPU, which sum in float32."""
     error_budget: float
     """The budget that was asked for: relative Frobenius error per (batch, query head); 0 is exact."""
     entropy: Any
-    """Entropy of the softmax in nats, mean over the rows of each head; nan if there are no rows."""
+    """Entropy of the softmax in nats, mean over the rows of each head; nan if there are no rows, None if no kernel that
+    takes the call reports it."""
     max_probability: Any
-    """Largest softmax entry of a row, mean over the rows of each head; nan if there are no rows."""
+    """Largest softmax entry of a row, mean over the rows of each head; nan or None as for entropy."""
     memory_saved_gb: float
     """10^9 bytes that the scores B * Hq * Nq * Nk would take in the dtype of q; no kernel here writes them out."""
     fallback: str | None

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from adaattn._torch_kernels import (
     backward,
+    backward_kernels,
     forward,
     forward_results,
     forward_statistics,
@@ -88,10 +89,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
             "attn_mask requires grad, but gets no gradient: detach it, or use PyTorch's attention"
         )
     q, k, v, attn_mask, key_lengths, *options = inputs
+    refuse_without_backward("cuda" if q.is_cuda else "cpu")
     ctx.save_for_backward(q, k, v, attn_mask, key_lengths, *output[:2])
     ctx.options = options
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+
+
+def refuse_without_backward(device: str) -> None:
+    """Raises NotImplementedError now rather than in the backward pass, while the caller can still go another way."""
+    if not backward_kernels(device):
+        raise NotImplementedError(
+            f"q, k or v requires grad, but no backward kernel runs on {device} tensors here (see `adaattn info`): call "
+            "it under torch.no_grad(), or use PyTorch's attention"
+        )
 
 
 def _differentiate(
@@ -181,6 +192,7 @@ def call(op: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *re
         raise NotImplementedError("adaattn has no forward-mode derivatives: q, k or v is a dual tensor")
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
     if torch.is_grad_enabled() and (needs_grad or (attn_mask is not None and attn_mask.requires_grad)):
+        refuse_without_backward("cuda" if q.is_cuda else "cpu")
         function = _TransformedAttention if _transforms_active() else _Attention
         return function.apply(q, k, v, attn_mask, *rest, op)
     return _call_below_autograd(op, q, k, v, attn_mask, *rest)

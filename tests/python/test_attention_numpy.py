@@ -244,6 +244,28 @@ def test_metrics_name_what_declined(rng):
         assert metrics.fallback is None
 
 
+def test_metrics_without_statistics(rng, monkeypatch):
+    """Where no kernel reports them, as on GPUs, the call still runs and says so."""
+    q, k, v = problem(rng)
+    right = _numpy_calls.describe
+
+    def without_statistics(*args):
+        if args[-2]:
+            raise NotImplementedError("none reports the entropy")
+        return right(*args)
+
+    monkeypatch.setattr(_numpy_calls, "describe", without_statistics)
+    out, lse, metrics = adaattn.attention(q, k, v, enable_gqa=True, return_lse=True, return_metrics=True)
+    assert_forward(out, lse, dense(q, k, v), "float32")
+    assert metrics.entropy is None
+    assert metrics.max_probability is None
+    assert "reports entropy" in metrics.fallback
+    assert json.loads(metrics.to_json())["entropy"] is None
+    # What no kernel takes at all is still refused.
+    with pytest.raises(ValueError, match="kernel is"):
+        adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True, kernel="none")
+
+
 def test_merge_of_key_splits_is_the_whole(rng):
     q, k, v = problem(rng)
     whole, whole_lse = adaattn.attention(q, k, v, enable_gqa=True, return_lse=True)

@@ -196,6 +196,17 @@ def test_interruption(monkeypatch):
     assert cli.main([]) == 130
 
 
+def test_missing_package(monkeypatch, capsys):
+    def needs_more(args):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=needs_more, command="x")
+    monkeypatch.setattr(cli, "make_parser", lambda: parser)
+    assert cli.main([]) == 2
+    assert "needs the Python package torch" in capsys.readouterr().err
+
+
 def test_as_a_program():
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from adaattn.cli import main; sys.exit(main(['info', '--json']))"],

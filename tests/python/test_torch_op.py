@@ -208,6 +208,16 @@ class TestAutograd:
         with torch.no_grad():
             adaattn.attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
+    @pytest.mark.parametrize("direct", [False, True])
+    def test_without_a_backward_kernel_the_forward_pass_refuses(self, monkeypatch, direct):
+        q, k, v = problem(requires_grad=True)
+        monkeypatch.setattr(torch_op, "backward_kernels", lambda device: frozenset())
+        arguments = (torch_op.forward_op, q, k, v, None, None, *flat())
+        with pytest.raises(NotImplementedError, match="no backward kernel runs on cpu tensors"):
+            arguments[0](*arguments[1:]) if direct else torch_op.call(*arguments)
+        with torch.no_grad():
+            torch_op.call(*arguments)
+
     def test_second_derivatives_are_refused(self):
         q, k, v = problem(requires_grad=True)
         out = adaattn.attention(q, k, v, enable_gqa=True)
@@ -410,15 +420,80 @@ def test_reference_on_tensors():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_tensors():
-    q, k, v = (x.cuda().requires_grad_() for x in problem(hk=4, d=64, dv=64, dtype="bfloat16"))
-    if "cuda" not in {kernel["device"] for kernel in adaattn.describe()["kernels"]}:
-        with pytest.raises(NotImplementedError, match="takes cpu tensors only"):
-            adaattn.attention(q, k, v)
-        return
-    truth = truth_of(*(x.cpu() for x in (q, k, v)))
-    out, lse = adaattn.attention(q, k, v, return_lse=True)
-    assert_forward(out, lse, truth, "bfloat16")
+class TestCuda:
+    @pytest.fixture(autouse=True)
+    def _kernel(self):
+        self.names = [
+            f"{kernel['operation']} {kernel['name']}"
+            for kernel in adaattn.describe()["kernels"]
+            if kernel["device"] == "cuda" and not kernel["unavailable"]
+        ]
+        if not any(name.startswith("forward") for name in self.names):
+            pytest.skip("no CUDA kernel runs on this device")
+
+    @staticmethod
+    def problem(dtype="bfloat16", tokens_first=False):
+        if tokens_first:
+            return tuple(
+                x.transpose(1, 2).cuda() for x in problem(b=2, hq=65, hk=65, nq=4, nk=4, d=64, dv=64, dtype=dtype)
+            )
+        return tuple(x.cuda() for x in problem(hq=4, hk=2, nq=65, nk=130, d=64, dv=64, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    @pytest.mark.parametrize("name", ["plain", "causal"])
+    def test_forward(self, name, dtype):
+        q, k, v = self.problem(dtype)
+        truth = truth_of(*(x.cpu() for x in (q, k, v)), **OPTIONS[name])
+        out, lse = adaattn.attention(q, k, v, enable_gqa=True, return_lse=True, **OPTIONS[name])
+        assert out.is_cuda
+        assert_forward(out, lse, truth, dtype)
+
+    def test_memory_order_of_the_output(self):
+        q, k, v = self.problem(tokens_first=True)
+        out = adaattn.attention(q, k, v, enable_gqa=True)
+        assert out.transpose(1, 2).is_contiguous()
+        assert_forward(out, None, truth_of(*(x.cpu() for x in (q, k, v))), "bfloat16")
+
+    def test_stream_and_compile(self):
+        q, k, v = self.problem()
+        expected = adaattn.attention(q, k, v, enable_gqa=True)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert torch.equal(adaattn.attention(q, k, v, enable_gqa=True), expected)
+        compiled = torch.compile(lambda *x: adaattn.attention(*x, enable_gqa=True), fullgraph=True)
+        assert torch.equal(compiled(q, k, v), expected)
+
+    def test_autocast(self):
+        q, k, v = (x.float() for x in self.problem())
+        with torch.autocast("cuda", torch.bfloat16):
+            out = adaattn.attention(q, k, v, enable_gqa=True)
+        assert out.dtype == torch.bfloat16
+
+    def test_metrics(self):
+        _, metrics = adaattn.attention(*self.problem(), enable_gqa=True, return_metrics=True)
+        assert metrics.compute_precision == "bfloat16"
+        assert (metrics.entropy is None) == ("reports entropy" in (metrics.fallback or ""))
+
+    def test_gradients_or_a_refusal(self):
+        q, k, v = (x.requires_grad_() for x in self.problem())
+        if not any(name.startswith("backward") for name in self.names):
+            with pytest.raises(NotImplementedError, match="no backward kernel runs on cuda tensors"):
+                adaattn.attention(q, k, v, enable_gqa=True)
+            return
+        truth = truth_of(*(x.cpu() for x in (q, k, v)))
+        out = adaattn.attention(q, k, v, enable_gqa=True)
+        dout = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        assert_backward(gradients, truth, dout.cpu().double().numpy(), "bfloat16")
+
+    def test_merge(self):
+        q, k, v = self.problem()
+        parts = [
+            adaattn.attention(q, k[:, :, a:b], v[:, :, a:b], enable_gqa=True, return_lse=True)
+            for a, b in ((0, 64), (64, 130))
+        ]
+        out, lse = adaattn.merge([part for part, _ in parts], [part_lse for _, part_lse in parts])
+        assert_forward(out, lse, truth_of(*(x.cpu() for x in (q, k, v))), "bfloat16")
 
 
 def test_a_forward_kernel_without_a_backward_one_of_its_name_still_gets_gradients():

@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:
+        print(
+            f"adaattn {args.command}: needs the Python package {error.name}, see the extras of adaattn", file=sys.stderr
+        )
+        return 2
     except (ImportError, NotImplementedError, OSError, ValueError) as error:
         print(f"adaattn {args.command}: {error}", file=sys.stderr)
         return 2

@@ -47,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--kernel", metavar="NAME", help="only this kernel (adaattn info lists them)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
-    parser.add_argument("--verbose", action="store_true", help="one row per case, with the reason where one declined")
+    parser.add_argument(
+        "--verbose", action="store_true", help="one row per case, with the reason where one was not run"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=run)
 
@@ -96,19 +98,19 @@ def _table(results: list[Result]) -> str:
     for key, group in _groups(results).items():
         compared = [result for result in group if result.outcome.ratio is not None]
         if not compared:
-            rows.append((*key, "not run", "0", "0", str(len(group)), "", group[0].outcome.reason))
+            rows.append((*key, "unavailable", "0", "0", str(len(group)), "", group[0].outcome.reason))
             continue
         worst = max(compared, key=lambda result: result.outcome.ratio or 0.0)
         wrong = sum(result.outcome.passed is False for result in compared)
         state = "FAILED" if wrong else "ok"
         counts = str(len(compared) - wrong), str(wrong), str(len(group) - len(compared))
         rows.append((*key, state, *counts, f"{worst.outcome.ratio:.3g}", worst.case))
-    header = ("kernel", "operation", "device", "state", "passed", "failed", "declined", "error/tolerance", "worst case")
+    header = ("kernel", "operation", "device", "state", "passed", "failed", "not run", "error/tolerance", "worst case")
     return table(header, rows)
 
 
 def _verbose_table(results: list[Result]) -> str:
-    words = {True: "ok", False: "FAILED", None: "declined"}
+    words = {True: "ok", False: "FAILED", None: "not run"}
     rows = [
         (
             result.kernel,
