@@ -328,16 +328,36 @@ class TestCompile:
         assert meta.is_meta
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch runs one sample after the other
 class TestTransforms:
     def test_vmap_gives_the_same(self):
         q, k, v = (torch.randn(3, 2, 2, 5, 8) for _ in range(3))
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch: there is a performance drop
-            out = torch.vmap(adaattn.attention)(q, k, v)
+        out = torch.vmap(adaattn.attention)(q, k, v)
         expected = torch.stack([adaattn.attention(*x) for x in zip(q, k, v, strict=True)])
         assert torch.equal(out, expected)
+
+    def test_gradients_through_vmap(self):
+        q, k, v = (torch.randn(3, 2, 2, 5, 8, requires_grad=True) for _ in range(3))
+        loss = lambda q, k, v: adaattn.attention(q, k, v).square().sum()  # noqa: E731
+        expected = torch.autograd.grad(sum(loss(*x) for x in zip(q, k, v, strict=True)), (q, k, v))
+        inputs = tuple(x.detach() for x in (q, k, v))
+        every = {
+            "backward of vmap": torch.autograd.grad(torch.vmap(loss)(q, k, v).sum(), (q, k, v)),
+            "vmap of grad": torch.vmap(torch.func.grad(loss, (0, 1, 2)))(*inputs),
+            "grad of vmap": torch.func.grad(lambda *x: torch.vmap(loss)(*x).sum(), (0, 1, 2))(*inputs),
+        }
+        for name, gradients in every.items():
+            for ours, plain in zip(gradients, expected, strict=True):
+                assert torch.equal(ours, plain), name
+        with torch.no_grad():
+            assert not torch.vmap(loss)(q, k, v).requires_grad
+
+    def test_vmap_without_a_backward_kernel(self, monkeypatch):
+        q, k, v = (torch.randn(3, 2, 2, 5, 8) for _ in range(3))
+        monkeypatch.setattr(torch_op, "backward_kernels", lambda device: frozenset())
+        torch.vmap(adaattn.attention)(q, k, v)  # nobody asks for gradients
+        with pytest.raises((NotImplementedError, SystemError)):  # torch 2.11 loses what setup_context raises
+            torch.vmap(adaattn.attention)(q.requires_grad_(), k, v)
 
     def test_func_grad_gives_the_same(self):
         q, k, v = problem(requires_grad=True)
