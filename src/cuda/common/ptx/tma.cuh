@@ -1,0 +1,31 @@
+// Bulk tensor copies from global to shared memory (PTX ISA, "cp.async.bulk.tensor").
+#pragma once
+
+#include <cuda.h>
+
+#include <cuda/ptx>
+
+#include <cstdint>
+
+#include "cuda/common/ptx/mbarrier.cuh"
+
+namespace adaattn::cuda::ptx {
+
+// Copies the box of a [batch, head, token, dim] tensor map that starts there; what lies outside the tensor becomes 0.
+// Completes on the barrier, which must expect the bytes of a whole box.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int dim, int token,
+                                         int head, int batch) {
+  const std::int32_t at[4] = {dim, token, head, batch};
+  ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<std::uint64_t>(&map)) : "memory");
+}
+
+// Orders ordinary writes to shared memory before later reads of it by the tensor cores and the copy engine.
+__device__ __forceinline__ void fence_async_proxy() {
+  ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+}
+
+}  // namespace adaattn::cuda::ptx

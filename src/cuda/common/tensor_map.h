@@ -1,0 +1,18 @@
+// Descriptions of strided tensors for the bulk copy engine (TMA).
+#pragma once
+
+#include <cuda.h>
+
+#include "adaattn/adaattn.h"
+
+namespace adaattn::cuda {
+
+// Whether the copy engine can address it: dim contiguous, the other strides multiples of 16 bytes and not negative,
+// data on 16 bytes.
+bool tensor_map_fits(const adaattn_tensor& tensor);
+
+// Boxes of rows x 64 elements of 16 bits, written to shared memory with the 128-byte swizzle; zeros outside the tensor.
+// The tensor has elements and fits.
+CUtensorMap make_tensor_map(const adaattn_tensor& tensor, int rows);
+
+}  // namespace adaattn::cuda

@@ -1,0 +1,30 @@
+// The CUDA rows of the implementation table.
+#include "cuda/cuda_kernels.h"
+
+#include <array>
+
+#include "cuda/common/device.h"
+#include "cuda/sm90/forward/forward.h"
+
+namespace adaattn::cuda {
+namespace {
+
+Reasons needs_sm90() {
+  return Reasons().unless(current_device_is(90), "needs a current device of compute capability 9.0 (H100, H200)");
+}
+
+constexpr std::array kForward = {
+    ForwardKernel{.name = "sm90_forward",
+                  .summary = "exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 256",
+                  .device = ADAATTN_CUDA,
+                  .unavailable = needs_sm90,
+                  .declines = sm90::declines_forward,
+                  .workspace = sm90::forward_workspace,
+                  .run = sm90::forward}};
+
+}  // namespace
+
+std::span<const ForwardKernel> forward_kernels() { return kForward; }
+std::span<const BackwardKernel> backward_kernels() { return {}; }
+
+}  // namespace adaattn::cuda

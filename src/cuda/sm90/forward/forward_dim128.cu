@@ -1,0 +1,11 @@
+// Head sizes up to 128.
+#include "cuda/sm90/forward/launch.cuh"
+
+namespace adaattn::cuda::sm90 {
+
+template void launch_forward<__nv_bfloat16, Dim128>(const ForwardParams&, int, cudaStream_t);
+template void launch_forward<__half, Dim128>(const ForwardParams&, int, cudaStream_t);
+template void launch_forward<__nv_bfloat16, Dim128Masked>(const ForwardParams&, int, cudaStream_t);
+template void launch_forward<__half, Dim128Masked>(const ForwardParams&, int, cudaStream_t);
+
+}  // namespace adaattn::cuda::sm90

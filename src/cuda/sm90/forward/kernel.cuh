@@ -1,0 +1,261 @@
+// Exact attention, forward, for sm_90a: a persistent, warp-specialised kernel.
+//
+// One thread of the producer warpgroup copies queries, keys and values into shared memory (TMA). Each consumer
+// warpgroup keeps 64 query rows: while its softmax works on one block of scores, the tensor cores compute the product of
+// the block before with V and, in turn, the other consumers' products. The schedule is FlashAttention-3's
+// (arXiv 2407.08608): next Q K^T before the current P V, consumers taking turns at the tensor cores.
+#pragma once
+
+#include "cuda/common/ptx/mbarrier.cuh"
+#include "cuda/common/ptx/tma.cuh"
+#include "cuda/common/ptx/warpgroup.cuh"
+#include "cuda/common/ptx/wgmma_rs.cuh"
+#include "cuda/common/ptx/wgmma_ss.cuh"
+#include "cuda/sm90/forward/config.h"
+#include "cuda/sm90/forward/epilogue.cuh"
+#include "cuda/sm90/forward/schedule.cuh"
+#include "cuda/sm90/forward/softmax.cuh"
+
+namespace adaattn::cuda::sm90 {
+
+template <typename Config>
+__device__ __forceinline__ void produce(const ForwardParams& params, ForwardShared<Config>& shared) {
+  constexpr std::uint32_t kQueryBytes = sizeof(shared.q), kBlockBytes = sizeof(shared.k[0]);
+  ptx::RingPlace<Config::kStages> k_place, v_place;
+  ptx::RingPlace<1> q_place;
+
+  const auto load_block = [&](auto& buffers, ptx::Barrier* full, ptx::Barrier* empty,
+                              ptx::RingPlace<Config::kStages>& place, const CUtensorMap& map, const TilePlan& plan,
+                              int step) {
+    ptx::wait(empty[place.stage], place.parity ^ 1);
+    ptx::arrive_and_expect(full[place.stage], kBlockBytes);
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+      ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk,
+                    block_of_step(plan, step) * Config::kKeys, plan.head / params.group, plan.batch);
+    place.advance();
+  };
+  const auto load_k = [&](const TilePlan& plan, int step) {
+    load_block(shared.k, shared.k_full, shared.k_empty, k_place, params.k, plan, step);
+  };
+  const auto load_v = [&](const TilePlan& plan, int step) {
+    load_block(shared.v, shared.v_full, shared.v_empty, v_place, params.v, plan, step);
+  };
+
+  const int tile_count = params.batch * params.heads * params.tiles_per_head;
+  for (int tile = blockIdx.x;;) {
+    TilePlan plan{.first_query = -1};
+    int next_tile = tile + static_cast<int>(gridDim.x);
+    if (tile < tile_count) {
+      // Asked for early: the answer takes a while, and is not needed before this tile's last load.
+      if (params.next_tile != nullptr) next_tile = static_cast<int>(gridDim.x + atomicAdd(params.next_tile, 1u));
+      plan = plan_tile<Config>(params, tile);
+    }
+    if (plan.first_query >= 0 && plan.steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
+    ptx::wait(shared.q_empty, q_place.parity ^ 1);
+    q_place.advance();
+    shared.plan = plan;
+    if (plan.first_query < 0) return ptx::arrive(shared.q_full);
+
+    ptx::arrive_and_expect(shared.q_full, kQueryBytes);
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+      ptx::load_box(shared.q[chunk], params.q, shared.q_full, 64 * chunk, plan.first_query, plan.head, plan.batch);
+    for (int step = 0; step < plan.steps; ++step) {
+      if (step + 1 < plan.steps) load_k(plan, step + 1);
+      load_v(plan, step);
+    }
+    tile = next_tile;
+  }
+}
+
+template <typename Config>
+using RowMajor = ptx::WgmmaOperand<0>;  // q and k: the product's k runs along their rows
+template <typename Config>
+using ColumnMajor = ptx::WgmmaOperand<Config::kKeys * 128>;  // v
+
+// scores = q k^T, one group of products.
+template <typename T, typename Config>
+__device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2], RowMajor<Config> q,
+                                             RowMajor<Config> k) {
+  ptx::pin_registers(scores);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Config::kDim / 16; ++i) {
+    const int chunk = i / 4, within = i % 4 * 32;
+    ptx::wgmma_ss<T>(scores, q.at(chunk * Config::kQueries * 128 + within),
+                     k.at(chunk * Config::kKeys * 128 + within), i > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// out += p v, one group of products. hand_on() runs when all but the last kLead of them are on their way: whoever has the
+// next turn then gets its first product to the tensor cores before they run dry.
+template <typename T, typename Config, typename HandOn>
+__device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2], std::uint32_t (&p)[Config::kKeys / 4],
+                                             ColumnMajor<Config> v, HandOn hand_on) {
+  ptx::pin_registers(out);
+  ptx::pin_registers(p);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Config::kKeys / 16; ++i) {
+    ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
+    if (i + 1 + Config::kLead == Config::kKeys / 16) hand_on();
+  }
+  ptx::wgmma_commit();
+}
+
+// Values at and after the key length may be anything, and 0 * NaN is NaN: write zeros over them. Only the first block a
+// tile visits can hold such keys.
+template <typename Config>
+__device__ __forceinline__ void clear_tail(ForwardShared<Config>& shared, int stage, int first) {
+  for (int i = first * 8 + static_cast<int>(threadIdx.x) - 128; i < Config::kKeys * 8; i += 128 * Config::kConsumers)
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+      reinterpret_cast<uint4*>(shared.v[stage][chunk])[i] = make_uint4(0, 0, 0, 0);
+  ptx::fence_async_proxy();
+  ptx::barrier_sync(1 + Config::kConsumers, 128 * Config::kConsumers);
+}
+
+template <typename T, typename Config>
+__device__ __forceinline__ void consume(const ForwardParams& params, ForwardShared<Config>& shared, int consumer) {
+  constexpr int kKeys = Config::kKeys, kTurnThreads = 2 * ptx::kWarpgroupThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int turn = 1 + consumer, next_turn = 1 + (consumer + 1) % Config::kConsumers;
+  const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
+  const RowMajor<Config> q(address(shared.q[0][64 * consumer]));
+  const auto release = [&](ptx::Barrier& barrier) {
+    if (lane == 0) ptx::arrive(barrier);
+  };
+  ptx::RingPlace<Config::kStages> k_place, v_place;
+  ptx::RingPlace<1> q_place;
+
+  if (Config::kTakeTurns && consumer == Config::kConsumers - 1) ptx::barrier_arrive(next_turn, kTurnThreads);
+  for (;;) {
+    ptx::wait(shared.q_full, q_place.parity);
+    q_place.advance();
+    const TilePlan plan = shared.plan;
+    if (plan.first_query < 0) return;
+
+    const StripPlan strip = plan_strip<Config>(params, plan, consumer);
+    const int first_row = plan.first_query + 64 * consumer + 16 * warp + lane / 4;
+    const auto hide_unseen = [&](float (&scores)[kKeys / 2], int step) {
+      const int block = block_of_step(plan, step);
+      if (block >= strip.full_begin && block < strip.full_end) return;
+      hide(scores, visibility_of(params, plan.key_count), first_row, block * kKeys + 2 * (lane % 4));
+    };
+    float out[Config::kDim / 2];
+#pragma unroll
+    for (float& value : out) value = 0.0f;
+    RowState state;
+
+    if (plan.key_count < params.key_count && plan.steps > 0)
+      if (const int tail = plan.key_count - block_of_step(plan, 0) * kKeys; tail < kKeys) {
+        ptx::wait(shared.v_full[v_place.stage], v_place.parity);
+        clear_tail(shared, v_place.stage, tail);
+      }
+
+    // Blocks that only other consumers need: hand them and the turn on.
+    for (int step = 0; step < strip.first_step; ++step) {
+      ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+      release(shared.k_empty[k_place.stage]);
+      k_place.advance();
+      ptx::wait(shared.v_full[v_place.stage], v_place.parity);
+      release(shared.v_empty[v_place.stage]);
+      v_place.advance();
+      if (Config::kTakeTurns && step + 1 < plan.steps) {
+        ptx::barrier_sync(turn, kTurnThreads);
+        ptx::barrier_arrive(next_turn, kTurnThreads);
+      }
+    }
+
+    if (strip.first_step < plan.steps) {
+      float scores[kKeys / 2], correction[2];
+      std::uint32_t p[kKeys / 4];
+      ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+      start_scores<T, Config>(scores, q, RowMajor<Config>(address(shared.k[k_place.stage])));
+      // Each step ends with exponentials and the next begins with the wait for the product before them: the assembler
+      // moves no instruction over the loop's edge, else it would place that wait ahead of what is to hide it.
+      const auto finish_scores = [&](int step) {
+        ptx::pin_registers(scores);
+        release(shared.k_empty[k_place.stage]);
+        k_place.advance();
+        hide_unseen(scores, step);
+        exponentiate(scores, state, correction, params.scale_log2);
+      };
+      const auto take_probabilities = [&] {
+        ptx::pin_registers(scores);
+        ptx::pin_registers(out);
+        add_to_sums(scores, state, correction);
+        rescale(out, correction);
+        pack_probabilities<T>(p, scores);
+      };
+      ptx::wgmma_wait<0>();
+      finish_scores(strip.first_step);
+
+#pragma unroll 1
+      for (int step = strip.first_step + 1; step < plan.steps; ++step) {
+        ptx::wgmma_wait<0>();
+        if (step > strip.first_step + 1) {
+          release(shared.v_empty[v_place.stage]);
+          v_place.advance();
+        }
+        take_probabilities();
+        const RowMajor<Config> k(address(shared.k[k_place.stage]));
+        const ColumnMajor<Config> v(address(shared.v[v_place.stage]));
+        ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+        if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
+        start_scores<T, Config>(scores, q, k);
+        ptx::wait(shared.v_full[v_place.stage], v_place.parity);
+        start_output<T, Config>(out, p, v, [&] {
+          if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
+        });
+        ptx::wgmma_wait<1>();
+        finish_scores(step);
+      }
+      release(shared.q_empty);
+      ptx::wgmma_wait<0>();
+      if (strip.first_step + 1 < plan.steps) {
+        release(shared.v_empty[v_place.stage]);
+        v_place.advance();
+      }
+      take_probabilities();
+      ptx::wait(shared.v_full[v_place.stage], v_place.parity);
+      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])), [] {});
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(out);
+      release(shared.v_empty[v_place.stage]);
+      v_place.advance();
+    } else {
+      release(shared.q_empty);
+    }
+    store_tile<T, Config>(params, plan, first_row, out, state);
+  }
+}
+
+template <typename T, typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<ForwardShared<Config>*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Config::kConsumers;
+    ptx::init_barrier(shared.q_full, 1);
+    ptx::init_barrier(shared.q_empty, kConsumerWarps);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::init_barrier(shared.k_full[stage], 1);
+      ptx::init_barrier(shared.v_full[stage], 1);
+      ptx::init_barrier(shared.k_empty[stage], kConsumerWarps);
+      ptx::init_barrier(shared.v_empty[stage], kConsumerWarps);
+    }
+    ptx::publish_barriers();
+    ptx::prefetch_map(params.q), ptx::prefetch_map(params.k), ptx::prefetch_map(params.v);
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / ptx::kWarpgroupThreads, 0);
+  if (warpgroup == 0) {
+    ptx::give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) produce(params, shared);
+  } else {
+    ptx::take_registers<Config::kConsumerRegisters>();
+    consume<T, Config>(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace adaattn::cuda::sm90

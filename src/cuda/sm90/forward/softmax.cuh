@@ -1,0 +1,125 @@
+// The online softmax of one warpgroup's 64 rows, in registers; scores lie as wgmma leaves them (see ptx/wgmma.cuh).
+// Milakov and Gimelshein, arXiv 1805.02867.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/visibility.h"
+
+namespace adaattn::cuda::sm90 {
+
+// A thread has parts of two rows; index 0 and 1 below. Sums are of this thread's columns only until the end.
+struct RowState {
+  float max[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// NaN wins, so that one NaN score makes its whole row NaN, as in SDPA.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+  std::uint32_t result;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+template <int kCount>
+__device__ __forceinline__ float row_max(const float (&scores)[kCount], int row) {
+  float parts[4];
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float value = scores[4 * (i / 2) + 2 * row + i % 2];
+    parts[i % 4] = i < 4 ? value : max_nan(parts[i % 4], value);
+  }
+  float result = max_nan(max_nan(parts[0], parts[1]), max_nan(parts[2], parts[3]));
+  result = max_nan(result, __shfl_xor_sync(0xFFFFFFFFu, result, 1));
+  return max_nan(result, __shfl_xor_sync(0xFFFFFFFFu, result, 2));
+}
+
+// Scores become probabilities relative to the row's maximum. correction is what sum and output so far have to be
+// multiplied with, exactly 1 where the maximum stayed.
+template <int kCount>
+__device__ __forceinline__ void exponentiate(float (&scores)[kCount], RowState& state, float (&correction)[2],
+                                             float scale_log2) {
+  const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
+  float shift[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float before = state.max[row];
+    const float top = max_nan(before, tops[row]);
+    state.max[row] = top;
+    shift[row] = top == -INFINITY ? 0.0f : top * scale_log2;  // rows that have seen no key yet keep -inf - 0
+    correction[row] = top == before ? 1.0f : exp2_fast(before * scale_log2 - shift[row]);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale_log2, -shift[i / 2 % 2]));
+}
+
+// Apart from the exponentials, whose unit takes one every eight cycles: sums between them would make each wait.
+template <int kCount>
+__device__ __forceinline__ void add_to_sums(const float (&probabilities)[kCount], RowState& state,
+                                            const float (&correction)[2]) {
+  float sums[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i / 2 % 2][i % 2] += probabilities[i];
+#pragma unroll
+  for (int row = 0; row < 2; ++row)
+    state.sum[row] = fmaf(state.sum[row], correction[row], sums[row][0] + sums[row][1]);
+}
+
+// Probabilities as the A operand of the product with V: the accumulator layout is the operand's, two by two.
+template <typename T, int kCount>
+__device__ __forceinline__ void pack_probabilities(std::uint32_t (&packed)[kCount / 2], const float (&scores)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+}
+
+// Most steps of a long row find no new maximum: then there is nothing to do.
+template <int kCount>
+__device__ __forceinline__ void rescale(float (&out)[kCount], const float (&correction)[2]) {
+  if (__all_sync(0xFFFFFFFFu, correction[0] == 1.0f && correction[1] == 1.0f)) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] *= correction[i / 2 % 2];
+}
+
+// Hides what the query rows first_row and first_row + 8 do not see; first_key is the key of scores[0].
+template <int kCount>
+__device__ __forceinline__ void hide(float (&scores)[kCount], const Visibility& visibility, int first_row,
+                                     int first_key) {
+  const bool left_limited = visibility.left < kUnlimited;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const KeyRange seen = visible_keys(visibility, first_row + 8 * row, first_row + 8 * row);
+    const int end = static_cast<int>(seen.end) - first_key;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i)
+      if (8 * (i / 2) + i % 2 >= end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
+    if (!left_limited) continue;
+    const int sink_end = static_cast<int>(seen.sink_end) - first_key, begin = static_cast<int>(seen.begin) - first_key;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const int key = 8 * (i / 2) + i % 2;
+      if (key < begin && key >= sink_end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
+    }
+  }
+}
+
+}  // namespace adaattn::cuda::sm90
