@@ -11,8 +11,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-import reference
 from binding import AdaAttnError, Forward
+
+import reference
 
 KERNEL = os.environ.get("ADAATTN_TEST_KERNEL", "sm90_forward").encode()
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -7,7 +7,7 @@
 namespace adaattn::cuda {
 
 struct Device {
-  int capability;       // 10 * major + minor
+  int capability;  // 10 * major + minor
   int multiprocessors;
 };
 

@@ -41,7 +41,8 @@ bool tensor_map_fits(const adaattn_tensor& tensor) {
 }
 
 CUtensorMap make_tensor_map(const adaattn_tensor& tensor, int rows) {
-  const auto type = tensor.dtype == ADAATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto type =
+      tensor.dtype == ADAATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   cuuint64_t size[4], stride[3];
   for (int axis = 0; axis < 4; ++axis) size[axis] = static_cast<cuuint64_t>(tensor.shape[3 - axis]);
   for (int axis = 0; axis < 3; ++axis)  // an axis of one entry is never stepped along: any valid stride will do

@@ -1,9 +1,8 @@
 // Barriers in shared memory that count arrivals and bytes of bulk copies (PTX ISA, "mbarrier").
 #pragma once
 
-#include <cuda/ptx>
-
 #include <cstdint>
+#include <cuda/ptx>
 
 namespace adaattn::cuda::ptx {
 

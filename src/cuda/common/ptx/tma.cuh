@@ -3,9 +3,8 @@
 
 #include <cuda.h>
 
-#include <cuda/ptx>
-
 #include <cstdint>
+#include <cuda/ptx>
 
 #include "cuda/common/ptx/mbarrier.cuh"
 
@@ -24,8 +23,6 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 }
 
 // Orders ordinary writes to shared memory before later reads of it by the tensor cores and the copy engine.
-__device__ __forceinline__ void fence_async_proxy() {
-  ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-}
+__device__ __forceinline__ void fence_async_proxy() { ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared); }
 
 }  // namespace adaattn::cuda::ptx

@@ -1,7 +1,8 @@
 // Warpgroup matrix products of Hopper (PTX ISA, "Asynchronous warpgroup level matrix instructions"): thin wrappers.
 //
 // One call multiplies 64 rows by 16: d[64, n] += a[64, 16] b[16, n]. Accumulator layout: thread t of the warpgroup
-// holds rows 16 (t / 32) + t % 32 / 4 (entries 4 j, 4 j + 1) and 8 below (4 j + 2, 4 j + 3), columns 8 j + 2 (t % 4) + {0, 1}.
+// holds rows 16 (t / 32) + t % 32 / 4 (entries 4 j, 4 j + 1) and 8 below (4 j + 2, 4 j + 3), columns 8 j + 2 (t % 4) +
+// {0, 1}.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -46,8 +47,8 @@ __device__ __forceinline__ void pin_registers(Register (&registers)[kCount]) {
 }
 
 // Descriptor of an operand in shared memory with the 128-byte swizzle: columns in chunks of 64 elements, a chunk being
-// rows of 128 bytes, eight rows (1,024 bytes) a swizzle atom. kChunkBytes, the distance of two chunks, counts only where
-// the product's n runs along the columns ("transposed" b).
+// rows of 128 bytes, eight rows (1,024 bytes) a swizzle atom. kChunkBytes, the distance of two chunks, counts only
+// where the product's n runs along the columns ("transposed" b).
 template <int kChunkBytes>
 struct WgmmaOperand {
   std::uint32_t low;  // the half that holds the address

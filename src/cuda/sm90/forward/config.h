@@ -12,18 +12,18 @@ namespace adaattn::cuda::sm90 {
 // One block of threads works on kQueries rows: a producer warpgroup that copies, and consumers of 64 rows each.
 template <int kDim_, int kConsumers_, int kKeys_, int kStages_>
 struct ForwardConfig {
-  static constexpr int kDim = kDim_;            // head size, padded with zeros to 64, 128 or 256
+  static constexpr int kDim = kDim_;  // head size, padded with zeros to 64, 128 or 256
   static constexpr int kConsumers = kConsumers_;
-  static constexpr int kKeys = kKeys_;          // keys of one step
-  static constexpr int kStages = kStages_;      // K and V blocks in flight
+  static constexpr int kKeys = kKeys_;      // keys of one step
+  static constexpr int kStages = kStages_;  // K and V blocks in flight
   static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kChunks = kDim / 64;     // a swizzled row of shared memory is 64 elements, 128 bytes
+  static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-  static constexpr bool kTakeTurns = kConsumers > 1;  // consumers start their products one after the other
-  static constexpr int kLead = 0;
+  // Consumers start their products in turns. With few keys a step the turns cost more than they order.
+  static constexpr bool kTakeTurns = kDim == 64 || kKeys > 128;
 };
 
 // What the producer tells the consumers about a tile of queries: which key blocks it meets.

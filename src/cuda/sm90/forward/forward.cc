@@ -80,13 +80,17 @@ Reasons declines_forward(const adaattn_forward_args& args) {
   return Reasons()
       .unless(args.q.dtype == ADAATTN_FLOAT16 || args.q.dtype == ADAATTN_BFLOAT16, "takes float16 and bfloat16 only")
       .unless(args.mask.data == nullptr, "takes no mask tensor")
-      .unless(args.entropy == nullptr && args.max_probability == nullptr, "computes neither entropy nor max_probability")
+      .unless(args.entropy == nullptr && args.max_probability == nullptr,
+              "computes neither entropy nor max_probability")
       .unless(multiple_of_8_to_256(args.q.shape[3]) && multiple_of_8_to_256(args.v.shape[3]),
               "D and Dv must be multiples of 8, at most 256")
-      .unless(tensor_map_fits(args.q) && tensor_map_fits(args.k) && tensor_map_fits(args.v) && tensor_map_fits(args.out),
-              "q, k, v and out need a contiguous dim, positive strides that are multiples of 16 bytes, and data on 16 bytes")
+      .unless(
+          tensor_map_fits(args.q) && tensor_map_fits(args.k) && tensor_map_fits(args.v) && tensor_map_fits(args.out),
+          "q, k, v and out need a contiguous dim, positive strides that are multiples of 16 bytes, and data on 16 "
+          "bytes")
       .unless(scale_of(args) >= 0, "takes no negative scale")
-      .unless(nq <= kMostTokens && nk <= kMostTokens && heads <= kMostTiles / (nq / 64 + 1), "too many tokens or heads");
+      .unless(nq <= kMostTokens && nk <= kMostTokens && heads <= kMostTiles / (nq / 64 + 1),
+              "too many tokens or heads");
 }
 
 std::size_t forward_workspace(const adaattn_forward_args& args) {

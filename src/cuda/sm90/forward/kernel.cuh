@@ -1,9 +1,9 @@
 // Exact attention, forward, for sm_90a: a persistent, warp-specialised kernel.
 //
 // One thread of the producer warpgroup copies queries, keys and values into shared memory (TMA). Each consumer
-// warpgroup keeps 64 query rows: while its softmax works on one block of scores, the tensor cores compute the product of
-// the block before with V and, in turn, the other consumers' products. The schedule is FlashAttention-3's
-// (arXiv 2407.08608): next Q K^T before the current P V, consumers taking turns at the tensor cores.
+// warpgroup keeps 64 query rows: while its softmax works on one block of scores, the tensor cores compute the product
+// of the block before with V and, in turn, the other consumers' products. The schedule is FlashAttention-3's (arXiv
+// 2407.08608): next Q K^T before the current P V, consumers taking turns at the tensor cores.
 #pragma once
 
 #include "cuda/common/ptx/mbarrier.cuh"
@@ -81,25 +81,21 @@ __device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2],
 #pragma unroll
   for (int i = 0; i < Config::kDim / 16; ++i) {
     const int chunk = i / 4, within = i % 4 * 32;
-    ptx::wgmma_ss<T>(scores, q.at(chunk * Config::kQueries * 128 + within),
-                     k.at(chunk * Config::kKeys * 128 + within), i > 0);
+    ptx::wgmma_ss<T>(scores, q.at(chunk * Config::kQueries * 128 + within), k.at(chunk * Config::kKeys * 128 + within),
+                     i > 0);
   }
   ptx::wgmma_commit();
 }
 
-// out += p v, one group of products. hand_on() runs when all but the last kLead of them are on their way: whoever has the
-// next turn then gets its first product to the tensor cores before they run dry.
-template <typename T, typename Config, typename HandOn>
+// out += p v, one group of products.
+template <typename T, typename Config>
 __device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2], std::uint32_t (&p)[Config::kKeys / 4],
-                                             ColumnMajor<Config> v, HandOn hand_on) {
+                                             ColumnMajor<Config> v) {
   ptx::pin_registers(out);
   ptx::pin_registers(p);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Config::kKeys / 16; ++i) {
-    ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
-    if (i + 1 + Config::kLead == Config::kKeys / 16) hand_on();
-  }
+  for (int i = 0; i < Config::kKeys / 16; ++i) ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
   ptx::wgmma_commit();
 }
 
@@ -120,10 +116,10 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int turn = 1 + consumer, next_turn = 1 + (consumer + 1) % Config::kConsumers;
   const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
-  const RowMajor<Config> q(address(shared.q[0][64 * consumer]));
   const auto release = [&](ptx::Barrier& barrier) {
     if (lane == 0) ptx::arrive(barrier);
   };
+  const RowMajor<Config> q(address(shared.q[0][64 * consumer]));
   ptx::RingPlace<Config::kStages> k_place, v_place;
   ptx::RingPlace<1> q_place;
 
@@ -136,7 +132,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
 
     const StripPlan strip = plan_strip<Config>(params, plan, consumer);
     const int first_row = plan.first_query + 64 * consumer + 16 * warp + lane / 4;
-    const auto hide_unseen = [&](float (&scores)[kKeys / 2], int step) {
+    const auto hide_unseen = [&](float(&scores)[kKeys / 2], int step) {
       const int block = block_of_step(plan, step);
       if (block >= strip.full_begin && block < strip.full_end) return;
       hide(scores, visibility_of(params, plan.key_count), first_row, block * kKeys + 2 * (lane % 4));
@@ -171,54 +167,46 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       std::uint32_t p[kKeys / 4];
       ptx::wait(shared.k_full[k_place.stage], k_place.parity);
       start_scores<T, Config>(scores, q, RowMajor<Config>(address(shared.k[k_place.stage])));
-      // Each step ends with exponentials and the next begins with the wait for the product before them: the assembler
-      // moves no instruction over the loop's edge, else it would place that wait ahead of what is to hide it.
-      const auto finish_scores = [&](int step) {
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(scores);
+      release(shared.k_empty[k_place.stage]);
+      k_place.advance();
+      hide_unseen(scores, strip.first_step);
+      const float first_tops[2] = {row_max(scores, 0), row_max(scores, 1)};
+      exponentiate(scores, first_tops, state, correction, params.scale_log2);
+      pack_probabilities<T>(p, scores);
+
+      if (strip.first_step + 1 < plan.steps) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+#pragma unroll 1
+      for (int step = strip.first_step + 1; step < plan.steps; ++step) {
+        const RowMajor<Config> k(address(shared.k[k_place.stage]));
+        const ColumnMajor<Config> v(address(shared.v[v_place.stage]));
+        if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
+        start_scores<T, Config>(scores, q, k);
+        ptx::wait(shared.v_full[v_place.stage], v_place.parity);
+        start_output<T, Config>(out, p, v);
+        if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
+        ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
         release(shared.k_empty[k_place.stage]);
         k_place.advance();
         hide_unseen(scores, step);
-        exponentiate(scores, state, correction, params.scale_log2);
-      };
-      const auto take_probabilities = [&] {
-        ptx::pin_registers(scores);
-        ptx::pin_registers(out);
-        add_to_sums(scores, state, correction);
-        rescale(out, correction);
-        pack_probabilities<T>(p, scores);
-      };
-      ptx::wgmma_wait<0>();
-      finish_scores(strip.first_step);
-
-#pragma unroll 1
-      for (int step = strip.first_step + 1; step < plan.steps; ++step) {
+        const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
+        // Here and not where they are needed: the wait's loop ends a block of code, so that the assembler leaves the
+        // maxima above the next wait, to overlap with P V. What follows it is bound by the exponentials, one every
+        // eight cycles, and needs to be one block for everything else to find its place between them.
+        if (step + 1 < plan.steps) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
         ptx::wgmma_wait<0>();
-        if (step > strip.first_step + 1) {
-          release(shared.v_empty[v_place.stage]);
-          v_place.advance();
-        }
-        take_probabilities();
-        const RowMajor<Config> k(address(shared.k[k_place.stage]));
-        const ColumnMajor<Config> v(address(shared.v[v_place.stage]));
-        ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-        if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
-        start_scores<T, Config>(scores, q, k);
-        ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-        start_output<T, Config>(out, p, v, [&] {
-          if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
-        });
-        ptx::wgmma_wait<1>();
-        finish_scores(step);
-      }
-      release(shared.q_empty);
-      ptx::wgmma_wait<0>();
-      if (strip.first_step + 1 < plan.steps) {
+        ptx::pin_registers(out);
         release(shared.v_empty[v_place.stage]);
         v_place.advance();
+        exponentiate(scores, tops, state, correction, params.scale_log2);
+        rescale(out, correction);
+        pack_probabilities<T>(p, scores);
       }
-      take_probabilities();
+      release(shared.q_empty);
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])), [] {});
+      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])));
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
       release(shared.v_empty[v_place.stage]);

@@ -54,35 +54,27 @@ __device__ __forceinline__ float row_max(const float (&scores)[kCount], int row)
   return max_nan(result, __shfl_xor_sync(0xFFFFFFFFu, result, 2));
 }
 
-// Scores become probabilities relative to the row's maximum. correction is what sum and output so far have to be
-// multiplied with, exactly 1 where the maximum stayed.
+// Scores become probabilities relative to the new maximum of each row, tops being that of these scores. correction is
+// what the output so far has to be multiplied with.
 template <int kCount>
-__device__ __forceinline__ void exponentiate(float (&scores)[kCount], RowState& state, float (&correction)[2],
-                                             float scale_log2) {
-  const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
-  float shift[2];
+__device__ __forceinline__ void exponentiate(float (&scores)[kCount], const float (&tops)[2], RowState& state,
+                                             float (&correction)[2], float scale_log2) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float before = state.max[row];
-    const float top = max_nan(before, tops[row]);
+    const float before = state.max[row], top = max_nan(before, tops[row]);
     state.max[row] = top;
-    shift[row] = top == -INFINITY ? 0.0f : top * scale_log2;  // rows that have seen no key yet keep -inf - 0
-    correction[row] = top == before ? 1.0f : exp2_fast(before * scale_log2 - shift[row]);
+    const float base = top == -INFINITY ? 0.0f : top;  // rows that have seen no key yet keep -inf - 0
+    const float shift = base * scale_log2;
+    correction[row] = exp2_fast((before - base) * scale_log2);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      float& score = scores[4 * (i / 2) + 2 * row + i % 2];
+      score = exp2_fast(fmaf(score, scale_log2, -shift));
+      sum += score;
+    }
+    state.sum[row] = fmaf(state.sum[row], correction[row], sum);
   }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale_log2, -shift[i / 2 % 2]));
-}
-
-// Apart from the exponentials, whose unit takes one every eight cycles: sums between them would make each wait.
-template <int kCount>
-__device__ __forceinline__ void add_to_sums(const float (&probabilities)[kCount], RowState& state,
-                                            const float (&correction)[2]) {
-  float sums[2][2] = {};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sums[i / 2 % 2][i % 2] += probabilities[i];
-#pragma unroll
-  for (int row = 0; row < 2; ++row)
-    state.sum[row] = fmaf(state.sum[row], correction[row], sums[row][0] + sums[row][1]);
 }
 
 // Probabilities as the A operand of the product with V: the accumulator layout is the operand's, two by two.
@@ -92,10 +84,8 @@ __device__ __forceinline__ void pack_probabilities(std::uint32_t (&packed)[kCoun
   for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Most steps of a long row find no new maximum: then there is nothing to do.
 template <int kCount>
 __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&correction)[2]) {
-  if (__all_sync(0xFFFFFFFFu, correction[0] == 1.0f && correction[1] == 1.0f)) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) out[i] *= correction[i / 2 % 2];
 }
