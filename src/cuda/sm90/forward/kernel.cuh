@@ -204,7 +204,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         rescale(out, correction);
         pack_probabilities<T>(p, scores);
       }
-      release(shared.q_empty);
+      ptx::arrive(shared.q_empty);  // every thread: each has read the plan
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
       start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])));
       ptx::wgmma_wait<0>();
@@ -212,7 +212,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       release(shared.v_empty[v_place.stage]);
       v_place.advance();
     } else {
-      release(shared.q_empty);
+      ptx::arrive(shared.q_empty);
     }
     store_tile<T, Config>(params, plan, first_row, out, state);
   }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Config::kConsumers;
     ptx::init_barrier(shared.q_full, 1);
-    ptx::init_barrier(shared.q_empty, kConsumerWarps);
+    ptx::init_barrier(shared.q_empty, ptx::kWarpgroupThreads * Config::kConsumers);
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(shared.k_full[stage], 1);
       ptx::init_barrier(shared.v_full[stage], 1);
