@@ -62,7 +62,11 @@ def contestants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
 
         return call
 
-    runs = {"adaattn": run_ours, "cudnn": run_sdpa(SDPBackend.CUDNN_ATTENTION), "fa2": run_sdpa(SDPBackend.FLASH_ATTENTION)}
+    runs = {
+        "adaattn": run_ours,
+        "cudnn": run_sdpa(SDPBackend.CUDNN_ATTENTION),
+        "fa2": run_sdpa(SDPBackend.FLASH_ATTENTION),
+    }
     try:
         from fa3_fwd_interface import flash_attn_func
     except ImportError:
@@ -134,7 +138,12 @@ def bench(case: dict, dtype: torch.dtype, rounds: int) -> dict:
             failed[name] = str(reason).splitlines()[0]
             del runs[name]
     times = measure(runs, rounds, 40.0)
-    return case | {"ms": times, "tflops": {n: flop / t * 1e-9 for n, t in times.items()}, "error": errors, "failed": failed}
+    return case | {
+        "ms": times,
+        "tflops": {n: flop / t * 1e-9 for n, t in times.items()},
+        "error": errors,
+        "failed": failed,
+    }
 
 
 def gemm_ceiling() -> float:
@@ -168,7 +177,11 @@ def main() -> None:
         report["rows"].append(row)
         name = "b{b} h{hq}/{hk} n{nq}/{nk} d{d}".format(**case) + (" causal" if case["causal"] else "")
         speeds = "  ".join(f"{n} {t:6.1f}" for n, t in row["tflops"].items())
-        print(f"{name:36} {speeds}   " + " ".join(f"{e:.2e}" for e in row["error"].values()), *row["failed"].values(), flush=True)
+        print(
+            f"{name:36} {speeds}   " + " ".join(f"{e:.2e}" for e in row["error"].values()),
+            *row["failed"].values(),
+            flush=True,
+        )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -102,7 +102,9 @@ class Forward:
         key_lengths: torch.Tensor | None = None,
         **options: object,
     ) -> None:
-        self.args = ForwardArgs(q=view(q), k=view(k), v=view(v), out=view(out), options=LIBRARY.adaattn_default_options())
+        self.args = ForwardArgs(
+            q=view(q), k=view(k), v=view(v), out=view(out), options=LIBRARY.adaattn_default_options()
+        )
         self.keep = [q, k, v, out, lse, key_lengths]
         if lse is not None:
             self.args.lse = lse.data_ptr()

@@ -8,7 +8,14 @@ import torch
 
 
 def visible(
-    nq: int, nk: int, *, causal: bool = False, bottom_right: bool = False, left: int = -1, right: int = -1, sinks: int = 0
+    nq: int,
+    nk: int,
+    *,
+    causal: bool = False,
+    bottom_right: bool = False,
+    left: int = -1,
+    right: int = -1,
+    sinks: int = 0,
 ) -> torch.Tensor:
     """[nq, nk]: which keys each query sees."""
     diagonal = torch.arange(nq, device="cuda")[:, None] + (nk - nq if bottom_right else 0)

@@ -46,7 +46,8 @@ def run(q, k, v, *, out=None, **options):
 def assert_right(got, truth, dtype):
     out, lse = got
     want, want_lse = truth
-    assert not out.isnan().any() and not lse.isnan().any(), "unwritten or NaN"
+    assert not out.isnan().any(), "unwritten or NaN"
+    assert not lse.isnan().any(), "unwritten or NaN"
     norm = want.norm(dim=(-2, -1))
     error = (out.double() - want).norm(dim=(-2, -1)) / torch.where(norm == 0, 1.0, norm)
     limit = UNIT[dtype] * (MANY if want.shape[-2] * want.shape[-1] >= 4096 else FEW)
@@ -85,7 +86,9 @@ def test_shapes(dtype, dim, mode, shape):
     assert_right(got, reference.attention(q, k, v, seen), dtype)
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (32, 32), (40, 40), (72, 72), (80, 80), (96, 96), (136, 136), (192, 128), (200, 248)])
+@pytest.mark.parametrize(
+    "dims", [(8, 8), (32, 32), (40, 40), (72, 72), (80, 80), (96, 96), (136, 136), (192, 128), (200, 248)]
+)
 @pytest.mark.parametrize("causal", [0, 1])
 def test_head_sizes(dims, causal):
     q, k, v = (tensor(2, 3, 190, d, dtype=BF16) for d in (dims[0], dims[0], dims[1]))
@@ -102,7 +105,9 @@ def test_strides(layout):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("left,right,sinks", [(0, 0, 0), (100, 0, 0), (64, 37, 0), (300, -1, 4), (130, 0, 140), (-1, 5, 0)])
+@pytest.mark.parametrize(
+    ("left", "right", "sinks"), [(0, 0, 0), (100, 0, 0), (64, 37, 0), (300, -1, 4), (130, 0, 140), (-1, 5, 0)]
+)
 @pytest.mark.parametrize("bottom_right", [0, 1])
 def test_windows(dim, left, right, sinks, bottom_right):
     nq, nk = 700, 900
@@ -123,8 +128,15 @@ def test_key_lengths_hide_even_nan(dim, mode):
     bottom = mode == "bottom_right"
     seen = torch.stack(
         [
-            reference.visible(nq, nk, causal=mode != "full") if not bottom
-            else torch.cat([reference.visible(nq, n, causal=True, bottom_right=True), torch.ones(nq, nk - n, dtype=torch.bool, device="cuda")], 1)
+            reference.visible(nq, nk, causal=mode != "full")
+            if not bottom
+            else torch.cat(
+                [
+                    reference.visible(nq, n, causal=True, bottom_right=True),
+                    torch.ones(nq, nk - n, dtype=torch.bool, device="cuda"),
+                ],
+                1,
+            )
             for n in lengths
         ]
     )[:, None]
@@ -133,7 +145,9 @@ def test_key_lengths_hide_even_nan(dim, mode):
     for i, n in enumerate(lengths):
         k[i, :, n:] = math.nan
         v[i, :, n:] = math.nan
-    got = run(q, k, v, causal=int(mode != "full"), alignment=int(bottom), key_lengths=torch.tensor(lengths, device="cuda"))
+    got = run(
+        q, k, v, causal=int(mode != "full"), alignment=int(bottom), key_lengths=torch.tensor(lengths, device="cuda")
+    )
     assert_right(got, truth, BF16)
 
 
@@ -159,7 +173,9 @@ def test_outliers_do_not_overflow():
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("where,value", [("q", math.nan), ("k", math.nan), ("v", math.nan), ("k", math.inf), ("v", math.inf)])
+@pytest.mark.parametrize(
+    ("where", "value"), [("q", math.nan), ("k", math.nan), ("v", math.nan), ("k", math.inf), ("v", math.inf)]
+)
 def test_nan_and_inf_propagate(dim, where, value):
     tensors = {name: tensor(1, 1, 300, dim, dtype=BF16) for name in "qkv"}
     tensors[where][0, 0, 123, 7] = value
@@ -173,7 +189,8 @@ def test_no_keys_and_no_queries():
     q = tensor(2, 2, 50, 64, dtype=BF16)
     k = torch.empty(2, 2, 0, 64, device="cuda", dtype=BF16)
     out, lse = run(q, k, k)
-    assert (out == 0).all() and (lse == -math.inf).all()
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
     empty = torch.empty(2, 2, 0, 64, device="cuda", dtype=BF16)
     assert run(empty, q, q)[0].numel() == 0
 
@@ -209,7 +226,7 @@ def test_graph_capture_and_streams():
 
 
 @pytest.mark.parametrize(
-    "change,reason",
+    ("change", "reason"),
     [
         (lambda q: (q.float(), q.float(), q.float(), {}), "float16 and bfloat16"),
         (lambda q: (q[..., :60], q[..., :60], q[..., :60], {}), "multiples of 8"),
