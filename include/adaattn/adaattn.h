@@ -73,6 +73,23 @@ typedef struct adaattn_options {
   const char* kernel;    /* name of the only kernel to consider, NULL: the first of the table that takes the problem */
 } adaattn_options;
 
+typedef enum adaattn_form {
+  ADAATTN_DENSE = 0, /* every visible score was computed and used */
+  ADAATTN_TILED = 1  /* tiles of keys were left out or summarised within the error budget */
+} adaattn_form;
+
+/* What one (batch, query head) took. Tiles are 64 keys by one panel of neighbouring queries; dense heads count none. */
+typedef struct adaattn_head_report {
+  int32_t form;             /* adaattn_form */
+  int32_t escalations;      /* times the head was run again because its measured error was not accepted */
+  double estimated_error;   /* relative Frobenius error, measured on evenly spaced rows; 0 for dense heads */
+  double work;              /* multiply-adds, planning and verification included, over those of dense attention */
+  int64_t tiles;            /* that some query of the panel sees */
+  int64_t high_tiles;       /* scored, exponentiated and multiplied with v */
+  int64_t summarised_tiles; /* scored; their mass times their mean v stands for them */
+  int64_t dropped_tiles;    /* left out by the screen, not scored */
+} adaattn_head_report;
+
 /* Forward pass. B batches, Hq query heads, Hk key heads (Hk divides Hq; query head h reads key head h * Hk / Hq). */
 typedef struct adaattn_forward_args {
   adaattn_tensor q;       /* [B, Hq, Nq, D] float32, float16 or bfloat16 */
@@ -87,7 +104,8 @@ typedef struct adaattn_forward_args {
   adaattn_options options;
   void* workspace; /* adaattn_forward_workspace() bytes, 64-byte aligned, on q's device */
   size_t workspace_bytes;
-  void* stream; /* cudaStream_t for CUDA tensors, else NULL */
+  void* stream;               /* cudaStream_t for CUDA tensors, else NULL */
+  adaattn_head_report* heads; /* [B, Hq] contiguous, in host memory, written; or NULL */
 } adaattn_forward_args;
 
 /* Backward pass from a given out and lse (they need not come from this library). Gradients are written, not added. */

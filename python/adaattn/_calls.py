@@ -44,15 +44,16 @@ def forward(
     key_lengths: int,
     options: Options,
     execution: Execution,
+    heads: int = 0,
 ) -> None:
-    """adaattn_forward with a workspace of its own; lse to key_lengths are addresses, 0 for none."""
+    """adaattn_forward with a workspace of its own; lse to key_lengths and heads are addresses, 0 for none."""
     library = _library.library()
     args = _library.ForwardArgs()
     name = _kernel_name(options)
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream,
+        0, 0, execution.stream, heads,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
@@ -105,7 +106,9 @@ def reference_forward(
 ) -> None:
     """adaattn_reference_forward; out and lse are addresses of contiguous FP64 memory."""
     args = _library.ForwardArgs()
-    _FORWARD.pack_into(args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), 0, 0, 0)
+    _FORWARD.pack_into(
+        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), 0, 0, 0, 0
+    )
     _library.check(_library.library().adaattn_reference_forward(byref(args), out, lse))
 
 
@@ -155,7 +158,7 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
         wanted = 64 if statistics else 0  # only NULL or not is looked at
         _FORWARD.pack_into(
             args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 0,
-            *flat(options, addressof(name) if name else 0), 0, 0, 0,
+            *flat(options, addressof(name) if name else 0), 0, 0, 0, 0,
         )  # fmt: skip
         pointer = byref(args)
     needed = ctypes.c_size_t()

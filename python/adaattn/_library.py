@@ -59,7 +59,25 @@ class ForwardArgs(ctypes.Structure):
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_size_t),
         ("stream", ctypes.c_void_p),
+        ("heads", ctypes.c_void_p),
     )
+
+
+class HeadReport(ctypes.Structure):
+    _fields_ = (
+        ("form", ctypes.c_int32),
+        ("escalations", ctypes.c_int32),
+        ("estimated_error", ctypes.c_double),
+        ("work", ctypes.c_double),
+        ("tiles", ctypes.c_int64),
+        ("high_tiles", ctypes.c_int64),
+        ("summarised_tiles", ctypes.c_int64),
+        ("dropped_tiles", ctypes.c_int64),
+    )
+
+
+HEAD_REPORT_WORDS = ctypes.sizeof(HeadReport) // 8
+"""A head report in words of 8 bytes, as callers allocate it."""
 
 
 class BackwardArgs(ctypes.Structure):

@@ -9,6 +9,7 @@ import numpy as np
 
 from adaattn import _calls
 from adaattn._arrays import Array, check_array, contiguous_view, key_lengths_array, mask_view, packed, view
+from adaattn._library import HEAD_REPORT_WORDS
 from adaattn._options import CallOptions
 from adaattn._shapes import check_heads, check_output_size
 
@@ -39,11 +40,12 @@ class _Workspace:
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
 ) -> tuple[Array, ...]:
-    """(out, lse), or (out, lse, entropy, max_probability) if statistics are wanted."""
+    """(out, lse), or (out, lse, entropy, max_probability, heads) if statistics are wanted; heads: raw reports."""
     problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
     out = np.empty(problem.out_shape, q.dtype)
     rows = [np.empty(q.shape[:3], np.float32) for _ in range(3 if statistics else 1)]
     lse, entropy, max_probability = (*(int(row.ctypes.data) for row in rows), 0, 0)[:3]
+    heads = np.zeros((*q.shape[:2], HEAD_REPORT_WORDS), np.int64)
     _calls.forward(
         problem.q,
         problem.k,
@@ -56,8 +58,14 @@ def attention(
         problem.lengths_address,
         options,
         _calls.Execution(_Workspace()),
+        int(heads.ctypes.data) if statistics else 0,
     )
-    return out, *rows
+    return (out, *rows, heads) if statistics else (out, *rows)
+
+
+def effective(options: CallOptions, *_: Any) -> CallOptions:
+    """The options that attention() runs with."""
+    return options
 
 
 def backward(

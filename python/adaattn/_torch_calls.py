@@ -18,7 +18,7 @@ from adaattn._torch_arrays import key_lengths_address, view
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
 ) -> tuple[Tensor, ...]:
-    """(out, lse), or (out, lse, entropy, max_probability) if statistics are wanted."""
+    """(out, lse), or (out, lse, entropy, max_probability, heads) if statistics are wanted; heads: raw reports."""
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
     op = torch_op.forward_statistics_op if statistics else torch_op.forward_op
     results: tuple[Tensor, ...] = torch_op.call(op, q, k, v, attn_mask, key_lengths, *options)
@@ -32,6 +32,14 @@ def backward(
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa=True)
     gradients: tuple[Tensor, ...] = torch_op.backward_op(dout, q, k, v, attn_mask, key_lengths, out, lse, *options)
     return gradients
+
+
+def effective(options: CallOptions, *inputs: Any) -> CallOptions:
+    """The options that attention() runs with. Calls that record a gradient run exactly: the backward pass is exact, and
+    with the out and lse of an approximate forward pass its error would be twice that."""
+    if options.error > 0 and torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs):
+        return options._replace(error=0.0)
+    return options
 
 
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaattn import _calls, _torch_arrays
+from adaattn._library import HEAD_REPORT_WORDS
 from adaattn._options import CallOptions
 from adaattn._torch_arrays import empty_in_order_of, empty_rows, view
 
@@ -20,7 +21,7 @@ def _run_forward(
     views = view("q", q, q), view("k", k, q), view("v", v, q)
     mask_view = None if mask is None else view("attn_mask", mask, q, is_mask=True)
     results = forward_results(q, v, statistics)
-    lse, entropy, max_probability = (*(rows.data_ptr() for rows in results[1:]), 0, 0)[:3]
+    lse, entropy, max_probability, heads = (*(part.data_ptr() for part in results[1:]), 0, 0, 0)[:4]
     with _torch_arrays.device_of(q):
         _calls.forward(
             *views,
@@ -32,6 +33,7 @@ def _run_forward(
             _torch_arrays.key_lengths_address(key_lengths, q),
             options,
             _torch_arrays.execution_on(q),
+            heads,
         )
     return results
 
@@ -39,7 +41,8 @@ def _run_forward(
 def forward_results(q: Tensor, v: Tensor, statistics: bool) -> tuple[Tensor, ...]:
     out = empty_in_order_of(q, v.shape[3])
     if statistics:
-        return out, empty_rows(q), empty_rows(q), empty_rows(q)
+        heads = torch.empty((*q.shape[:2], HEAD_REPORT_WORDS), dtype=torch.int64)  # in host memory in any case
+        return out, empty_rows(q), empty_rows(q), empty_rows(q), heads
     return out, empty_rows(q)
 
 

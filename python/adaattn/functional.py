@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from adaattn import _numpy_calls, _options
 from adaattn._calls import describe as _describe_library
 from adaattn._options import Alignment, CallOptions, Window
-from adaattn.metrics import Metrics
+from adaattn.metrics import HeadReports, Metrics
 
 
 def attention(
@@ -44,8 +44,9 @@ def attention(
         k: Keys (B, Hk, Nk, D), dtype of q.
         v: Values (B, Hk, Nk, Dv), dtype of q.
         error: Budget for the relative Frobenius error of each (batch, query head) of the output before it is rounded
-            to its dtype, >= 0. 0 asks for exact attention. This version has exact kernels only: they meet every
-            budget, and the metrics say that they ran.
+            to its dtype, >= 0. 0 asks for exact attention. On CPUs, long sequences without a mask use it: each head's
+            error is measured on evenly spaced rows, and a head that is over its budget runs again. Exact kernels meet
+            every budget and run in all other cases, gradients included; the metrics say so.
         is_causal: Hide every key after the diagonal. As in torch, not together with attn_mask.
         attn_mask: 1 to 4 dimensions, broadcastable to (B, Hq, Nq, Nk). Bool: True shows the key. Float32 or the dtype
             of q: added to the scaled scores. It gets no gradient; one that requires it is refused.
@@ -74,6 +75,7 @@ def attention(
     _refuse_both(is_causal, attn_mask)
     calls = _calls_for(q)
     gqa = _options.flag("enable_gqa", enable_gqa)
+    asked, options = options, calls.effective(options, q, k, v)
     if not return_metrics:
         out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)
         return (out, lse) if return_lse else out
@@ -83,10 +85,11 @@ def attention(
         facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, False, options))
         out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)
         statistics: tuple[Any, Any] | None = None
+        heads: HeadReports | None = None
     else:
-        out, lse, *rows = calls.attention(q, k, v, attn_mask, key_lengths, gqa, True, options)
-        statistics = rows[0], rows[1]
-    metrics = _metrics(facts, q, k, statistics, options)
+        out, lse, *rows, words = calls.attention(q, k, v, attn_mask, key_lengths, gqa, True, options)
+        statistics, heads = (rows[0], rows[1]), HeadReports.from_words(words)
+    metrics = _metrics(facts, q, k, statistics, heads, asked, options)
     return (out, lse, metrics) if return_lse else (out, metrics)
 
 
@@ -229,7 +232,13 @@ def _refuse_both(is_causal: bool, attn_mask: Any) -> None:
 
 
 def _metrics(
-    facts: dict[str, Any], q: Any, k: Any, statistics: tuple[Any, Any] | None, options: CallOptions
+    facts: dict[str, Any],
+    q: Any,
+    k: Any,
+    statistics: tuple[Any, Any] | None,
+    heads: HeadReports | None,
+    asked: CallOptions,
+    options: CallOptions,
 ) -> Metrics:
     b, h, nq, _ = q.shape
     entropy, max_probability = (None, None) if statistics is None else map(_row_mean, statistics)
@@ -239,13 +248,14 @@ def _metrics(
         precision = str(q.dtype).removeprefix("torch.")
     return Metrics(
         kernel=chosen["name"],
-        form="dense",
+        form="dense" if heads is None else heads.form,
         compute_precision=precision,
-        error_budget=options.error,
+        error_budget=asked.error,
         entropy=entropy,
         max_probability=max_probability,
         memory_saved_gb=b * h * nq * k.shape[2] * q.dtype.itemsize / 1e9,
-        fallback=_fallback(facts, statistics is not None, options),
+        heads=heads,
+        fallback=_fallback(facts, statistics is not None, asked, options),
     )
 
 
@@ -253,16 +263,29 @@ def _row_mean(rows: Any) -> Any:
     return rows.sum(-1) / rows.shape[-1] if rows.shape[-1] else rows.sum(-1) + float("nan")
 
 
-def _fallback(facts: dict[str, Any], statistics: bool, options: CallOptions) -> str | None:
+_ADAPTIVE = "_adaptive"  # how the names of kernels that use a budget end
+_REFERENCE = "reference_fp64"
+
+
+def _fallback(facts: dict[str, Any], statistics: bool, asked: CallOptions, options: CallOptions) -> str | None:
+    """Why something was not reported, a budget not used, or the slow reference ran."""
+    chosen = facts["chosen"]
     reasons = []
     if not statistics:
         reasons.append("no kernel that takes this call reports entropy and largest probability")
-    if options.error > 0:
-        reasons.append(f"no adaptive kernel in this version, the exact one meets error={options.error:g}")
-    if options.kernel is None:
-        for kernel in facts["kernels"]:
-            if kernel["name"] == facts["chosen"]:
-                break
-            if kernel["takes_device"]:
-                reasons.append(f"{kernel['name']}: " + ", ".join(kernel["unavailable"] + kernel["declines"]))
+    if asked.error > 0 and options.error == 0:
+        reasons.append(f"error={asked.error:g} is met exactly: calls that record a gradient run exact kernels")
+    elif asked.error > 0 and not chosen.endswith(_ADAPTIVE):
+        why = _reasons(facts, lambda name: name.endswith(_ADAPTIVE)) or "no kernel here uses a budget"
+        reasons.append(f"error={asked.error:g} is met exactly: {why}")
+    if chosen == _REFERENCE and options.kernel is None:
+        reasons.append(_reasons(facts, lambda name: name != _REFERENCE and not name.endswith(_ADAPTIVE)))
     return "; ".join(reasons) or None
+
+
+def _reasons(facts: dict[str, Any], wanted: Callable[[str], bool]) -> str:
+    return "; ".join(
+        f"{kernel['name']}: " + (", ".join(kernel["unavailable"] + kernel["declines"]) or "another kernel was named")
+        for kernel in facts["kernels"]
+        if kernel["takes_device"] and wanted(kernel["name"])
+    )

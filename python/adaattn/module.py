@@ -273,6 +273,7 @@ class AdaptiveAttention(nn.MultiheadAttention):
             entropy=torch.special.entr(p).sum(-1).mean(-1).float(),
             max_probability=p.amax(-1).mean(-1).float(),
             memory_saved_gb=0.0,
+            heads=None,
             fallback=reason,
         )
 

@@ -43,7 +43,8 @@ _unpack_dual: Any = forward_ad.unpack_dual
 _lib = _library.Library("adaattn", "DEF")
 for _schema in (
     f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    f"forward_statistics({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor entropy, Tensor max_probability)",
+    f"forward_statistics({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor entropy, "
+    "Tensor max_probability, Tensor heads)",
     f"backward(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
 ):

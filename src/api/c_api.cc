@@ -47,12 +47,22 @@ adaattn_status workspace(const Args* args, std::size_t* bytes) {
   });
 }
 
+// What the kernels of a budget overwrite.
+void report_dense(const adaattn_forward_args& args) {
+  adaattn_head_report dense{};
+  dense.form = ADAATTN_DENSE;
+  dense.work = 1;
+  if (args.heads != nullptr) std::fill_n(args.heads, args.q.shape[0] * args.q.shape[1], dense);
+}
+void report_dense(const adaattn_backward_args&) {}
+
 template <typename Args>
 adaattn_status run(const Args* args) {
   return guarded([&] {
     validate(required(args, "args"), Need::kAll);
     const auto& kernel = choose(*args);
     validate_workspace(args->workspace, args->workspace_bytes, kernel.workspace(*args));
+    report_dense(*args);
     kernel.run(*args);
   });
 }

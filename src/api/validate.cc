@@ -173,6 +173,7 @@ void validate(const adaattn_forward_args& args, Need need) {
   check_array("lse", args.lse, 4);
   check_array("entropy", args.entropy, 4);
   check_array("max_probability", args.max_probability, 4);
+  check_array("heads", args.heads, alignof(adaattn_head_report));
 }
 
 void validate(const adaattn_backward_args& args, Need need) {

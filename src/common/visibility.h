@@ -15,6 +15,8 @@ struct Visibility {        // of one batch entry
   std::int64_t left;       // reach before the diagonal
   std::int64_t right;      // reach after it
   std::int64_t sinks;      // first keys that stay visible left of the window
+  // Query i below stands where query first_query + i * query_step of the whole sequence stands.
+  std::int64_t first_query = 0, query_step = 1;
 };
 
 // The keys [0, sink_end) and [begin, end), with 0 <= sink_end <= begin <= end <= key_count.
@@ -38,9 +40,11 @@ constexpr Visibility make_visibility(const adaattn_options& options, std::int64_
 }
 
 // Every key that at least one of the queries first..last sees lies in this range (exactly those, for one query).
-constexpr KeyRange visible_keys(const Visibility& v, std::int64_t first_query, std::int64_t last_query) {
-  const std::int64_t end = clamp_index(last_query + v.diagonal + v.right + 1, 0, v.key_count);
-  const std::int64_t begin = clamp_index(first_query + v.diagonal - v.left, 0, end);
+constexpr KeyRange visible_keys(const Visibility& v, std::int64_t first, std::int64_t last) {
+  const std::int64_t first_place = v.first_query + first * v.query_step + v.diagonal;
+  const std::int64_t last_place = v.first_query + last * v.query_step + v.diagonal;
+  const std::int64_t end = clamp_index(last_place + v.right + 1, 0, v.key_count);
+  const std::int64_t begin = clamp_index(first_place - v.left, 0, end);
   return {.sink_end = clamp_index(v.sinks, 0, begin), .begin = begin, .end = end};
 }
 

@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "cpu/adaptive.h"
 #include "cpu/backward.h"
 #include "cpu/decode.h"
 #include "cpu/decode_plan.h"
@@ -27,7 +28,23 @@ Reasons declines_decode(const adaattn_forward_args& args) {
   return declines(args).unless(group * args.q.shape[2] <= kMaxDecodeRows, "more than 8 query rows share a key head");
 }
 
-constexpr std::array kForward = {ForwardKernel{.name = "cpu_decode",
+Reasons declines_adaptive(const adaattn_forward_args& args) {
+  return declines(args)
+      .unless(args.options.error > 0, "the budget is 0: exact")
+      .unless(args.mask.data == nullptr, "takes no mask")
+      .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
+              "takes no window")
+      .unless(args.q.shape[2] >= 1024 && args.k.shape[2] >= 1024, "fewer than 1,024 tokens leave nothing to gain");
+}
+
+constexpr std::array kForward = {ForwardKernel{.name = "cpu_adaptive",
+                                               .summary = "tiles of keys chosen within the error budget, float32",
+                                               .device = ADAATTN_CPU,
+                                               .unavailable = always_available,
+                                               .declines = declines_adaptive,
+                                               .workspace = adaptive_workspace,
+                                               .run = adaptive},
+                                 ForwardKernel{.name = "cpu_decode",
                                                .summary = "few query rows in float32, keys split over threads",
                                                .device = ADAATTN_CPU,
                                                .unavailable = always_available,

@@ -155,6 +155,10 @@ ForwardScratch lay_out_thread(const adaattn_forward_args& args, Scratch& scratch
 
 }  // namespace
 
+void run_forward_task(const ForwardPlan& plan, std::int64_t task, const ForwardScratch& scratch) {
+  HWY_DYNAMIC_DISPATCH(forward_task)(plan, task, scratch);
+}
+
 std::size_t forward_workspace(const adaattn_forward_args& args) {
   Scratch scratch(nullptr);
   lay_out_thread(args, scratch, thread_count(args.options.num_threads) - 1);
@@ -169,7 +173,7 @@ void forward(const adaattn_forward_args& args) {
     Scratch scratch(args.workspace);
     const ForwardScratch mine = lay_out_thread(args, scratch, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t task = 0; task < plan.tasks; ++task) HWY_DYNAMIC_DISPATCH(forward_task)(plan, task, mine);
+    for (std::int64_t task = 0; task < plan.tasks; ++task) run_forward_task(plan, task, mine);
   }
 }
 

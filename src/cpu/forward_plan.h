@@ -27,6 +27,8 @@ struct ForwardPlan {
   std::int64_t block;   // rows per task, a multiple of kMaxPanelLanes
   std::int64_t blocks;  // tasks per (batch, key head)
   std::int64_t tasks;
+  // q may be every query_step-th row, from first_query on, of a sequence of query_count queries.
+  std::int64_t query_count, first_query, query_step;
 };
 
 inline ForwardPlan make_forward_plan(const adaattn_forward_args& args, int threads) {
@@ -45,6 +47,8 @@ inline ForwardPlan make_forward_plan(const adaattn_forward_args& args, int threa
     plan.block /= 2;
   plan.blocks = (plan.rows + plan.block - 1) / plan.block;
   plan.tasks = heads * plan.blocks;
+  plan.query_count = args.q.shape[2];
+  plan.query_step = 1;
   return plan;
 }
 
@@ -84,8 +88,11 @@ inline ForwardScratch lay_out(const adaattn_forward_args& args, Scratch& scratch
 
 inline Visibility visibility_of(const ForwardPlan& plan, std::int64_t b) {
   const adaattn_forward_args& args = *plan.args;
-  return make_visibility(args.options, args.q.shape[2],
-                         args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2]);
+  Visibility visibility = make_visibility(args.options, plan.query_count,
+                                          args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2]);
+  visibility.first_query = plan.first_query;
+  visibility.query_step = plan.query_step;
+  return visibility;
 }
 
 }  // namespace adaattn::cpu

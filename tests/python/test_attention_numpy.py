@@ -220,6 +220,8 @@ def test_metrics(rng):
         np.testing.assert_allclose(metrics.max_probability, truth.probabilities.max(-1).mean(-1), atol=2e-6)
         assert metrics.kernel == kernel
         assert metrics.form == "dense"
+        assert (metrics.heads.work == 1).all()
+        assert metrics.heads.forms.shape == (2, 4)
         assert metrics.compute_precision == ("float64" if kernel == "reference_fp64" else "float32")
         assert metrics.error_budget == 0.01
         assert metrics.memory_saved_gb == 2 * 4 * 7 * 9 * 4 / 1e9
@@ -233,15 +235,13 @@ def test_metrics(rng):
 
 def test_metrics_name_what_declined(rng):
     q, k, v = problem(rng)
-    facts = adaattn.describe(q, k, v, enable_gqa=True, return_metrics=True)
-    before = [name["name"] for name in facts["kernels"]]
-    before = before[: before.index(facts["chosen"])]
-    _, metrics = adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True)
-    assert metrics.kernel == facts["chosen"]
-    if before:
-        assert all(name in metrics.fallback for name in before)
-    else:
-        assert metrics.fallback is None
+    assert adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True)[1].fallback is None
+    _, metrics = adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True, error=0.1)
+    assert "cpu_adaptive: fewer than 1,024 tokens" in metrics.fallback
+    wide = np.ones((1, 1, 2, 300), np.float32)
+    _, metrics = adaattn.attention(wide, wide, wide, return_metrics=True)
+    assert metrics.kernel == "reference_fp64"
+    assert "cpu_flash: head size D is above 256" in metrics.fallback
 
 
 def test_metrics_without_statistics(rng, monkeypatch):
@@ -332,6 +332,7 @@ class TestLibrary:
             "adaattn_forward_args": _library.ForwardArgs,
             "adaattn_backward_args": _library.BackwardArgs,
             "adaattn_merge_args": _library.MergeArgs,
+            "adaattn_head_report": _library.HeadReport,
         }
         expected = {"ADAATTN_ABI_VERSION": _library.ABI_VERSION}
         for name, kind in structs.items():

@@ -1,0 +1,98 @@
+"""Calls with an error budget: what they return, what they report, and where they stay exact."""
+
+import json
+
+import adaattn
+import numpy as np
+import pytest
+
+TOKENS, DIM = 1536, 32
+
+
+def local_heads(rng, dtype=np.float32):
+    """q, k, v (1, 2, N, D) whose scores are large near the diagonal alone."""
+    place = np.arange(TOKENS)[:, None] * 0.002 * (np.arange(DIM // 2) + 1)
+    turning = 2 * np.stack([np.cos(place), np.sin(place)], -1).reshape(1, 1, TOKENS, DIM)
+    q, k = (turning + 0.3 * rng.standard_normal((1, 2, TOKENS, DIM)) for _ in range(2))
+    return q.astype(dtype), k.astype(dtype), rng.standard_normal((1, 2, TOKENS, DIM)).astype(dtype)
+
+
+def error_by_head(out, exact):
+    difference = np.linalg.norm((out - exact).astype(np.float64), axis=(-2, -1))
+    return difference / np.linalg.norm(exact.astype(np.float64), axis=(-2, -1))
+
+
+@pytest.mark.parametrize("error", [0.1, 0.01])
+def test_budget_is_kept_and_reported(rng, error):
+    q, k, v = local_heads(rng)
+    exact = adaattn.attention(q, k, v, is_causal=True)
+    out, metrics = adaattn.attention(q, k, v, is_causal=True, error=error, return_metrics=True)
+    assert (error_by_head(out, exact) <= error).all()
+    assert (error_by_head(out, exact) > 0).all()
+    assert metrics.kernel == "cpu_adaptive"
+    assert metrics.form == "tiled"
+    assert metrics.error_budget == error
+    assert metrics.fallback is None
+    assert (metrics.heads.estimated_error <= error).all()
+    assert (metrics.heads.dropped_tiles > 0).all()
+    assert (metrics.heads.work < 1).all()
+    assert (metrics.heads.escalations >= 0).all()
+    parsed = json.loads(metrics.to_json())
+    assert parsed == metrics.to_dict()
+    assert parsed["heads"]["forms"] == [["tiled", "tiled"]]
+
+
+def test_zero_budget_is_the_exact_kernel_bit_for_bit(rng):
+    q, k, v = local_heads(rng)
+    np.testing.assert_array_equal(
+        adaattn.attention(q, k, v, is_causal=True, error=0),
+        adaattn.attention(q, k, v, is_causal=True, kernel="cpu_flash"),
+    )
+
+
+def test_permuting_heads_permutes_results(rng):
+    q, k, v = local_heads(rng)
+    k *= np.array([1, 1.5], np.float32)[:, None, None]  # heads that differ
+    out = adaattn.attention(q, k, v, error=0.05)
+    np.testing.assert_array_equal(adaattn.attention(q[:, ::-1], k[:, ::-1], v[:, ::-1], error=0.05), out[:, ::-1])
+
+
+def test_masks_and_windows_stay_exact_and_say_so(rng):
+    q, k, v = local_heads(rng)
+    for options in ({"attn_mask": np.ones((TOKENS, TOKENS), bool)}, {"window": (100, 0)}):
+        out, metrics = adaattn.attention(q, k, v, error=0.1, return_metrics=True, **options)
+        np.testing.assert_array_equal(out, adaattn.attention(q, k, v, **options))
+        assert "error=0.1 is met exactly: cpu_adaptive: takes no" in metrics.fallback
+        assert metrics.form == "dense"
+
+
+def test_a_mixed_form_is_named(rng):
+    q, k, v = local_heads(rng)
+    q[:, 1], k[:, 1] = rng.standard_normal((2, TOKENS, DIM))
+    _, metrics = adaattn.attention(q, k, v, error=0.01, return_metrics=True)
+    assert metrics.form == "mixed"
+    assert metrics.heads.forms.tolist() == [["tiled", "dense"]]
+    assert metrics.heads.estimated_error[0, 1] == 0
+
+
+class TestTorch:
+    torch = pytest.importorskip("torch")
+
+    def inputs(self, rng):
+        return [self.torch.from_numpy(array) for array in local_heads(rng)]
+
+    def test_same_as_numpy(self, rng):
+        q, k, v = self.inputs(rng)
+        out, metrics = adaattn.attention(q, k, v, error=0.05, return_metrics=True)
+        np.testing.assert_array_equal(out, adaattn.attention(q.numpy(), k.numpy(), v.numpy(), error=0.05))
+        assert metrics.form == "tiled"
+
+    def test_calls_that_record_a_gradient_are_exact(self, rng):
+        q, k, v = self.inputs(rng)
+        q.requires_grad_()
+        out, metrics = adaattn.attention(q, k, v, error=0.1, return_metrics=True)
+        assert self.torch.equal(out, adaattn.attention(q, k, v))
+        assert "record a gradient" in metrics.fallback
+        assert metrics.error_budget == 0.1
+        with self.torch.no_grad():
+            assert adaattn.attention(q, k, v, error=0.1, return_metrics=True)[1].form == "tiled"
