@@ -9,7 +9,7 @@ PYTEST_ARGS ?=#     further arguments of pytest
 FUZZ_SECONDS ?= 60# how long `make fuzz` runs
 JOBS ?= $(shell nproc)
 CXX_FILES = $(shell git ls-files '*.cc' '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
-PY_FILES = python tests/python scripts/verify_installation.py
+PY_FILES = python tests bench scripts/verify_installation.py
 
 .PHONY: help demo test build test-cpp test-python examples lint format coverage coverage-cpp sanitize sanitize-clang tsan fuzz bench wheel clean
 
