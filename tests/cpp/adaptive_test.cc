@@ -15,6 +15,7 @@
 #include "common/scratch.h"
 #include "cpu/screen.h"
 #include "plan/tile_rule.h"
+#include "targets.h"
 
 namespace adaattn::testing {
 namespace {
@@ -154,6 +155,18 @@ INSTANTIATE_TEST_SUITE_P(Heads, Budget,
                                            Variant{"after_a_cache", {.queries = 1056, .keys = 2500}},
                                            Variant{"key_length", {.keys = 2300}, true, {2048}}),
                          variant_name);
+
+TEST(Adaptive, KeepsTheBudgetOnEveryInstructionSet) {
+  Inputs inputs({.queries = 1024, .keys = 1024});
+  const Inputs::Result exact = inputs.run("cpu_flash", 0);
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    const OnlyTarget only(target);
+    const Inputs::Result got = inputs.run("cpu_adaptive", 0.05);
+    for (std::int64_t h = 0; h < 2; ++h)
+      EXPECT_LE(inputs.error_of_head(got, exact, h), 0.05) << hwy::TargetName(target);
+    EXPECT_EQ(got.reports[0].form, ADAATTN_TILED) << hwy::TargetName(target);
+  }
+}
 
 TEST(Adaptive, GivesTheSameBitsOnEveryRun) {
   Inputs inputs({});
