@@ -92,7 +92,7 @@ fuzz:  ## fuzz the C interface for FUZZ_SECONDS seconds
 
 bench:  ## measure against PyTorch and write the README's table
 	scripts/setup demo
-	adaattn bench $(ARGS)
+	adaattn bench --readme README.md $(ARGS)
 
 wheel:  ## the wheel, under dist/
 	scripts/setup demo
