@@ -44,7 +44,7 @@ class Hostile {
     return once_in(2) ? bytes_.ConsumeFloatingPoint<double>() : one_of(kWild);
   }
   std::int64_t count() {  // heads, tokens
-    constexpr std::int64_t kCounts[] = {1, 2, 3, 4, 8, 13, 16, 17, 33, 64, 65, 70, 0};
+    constexpr std::int64_t kCounts[] = {1, 2, 3, 4, 8, 13, 16, 17, 33, 64, 65, 70, 1030, 0};
     return one_of(kCounts);
   }
   std::int64_t dim() {
@@ -110,7 +110,8 @@ class Hostile {
     if (once_in(3)) o.sinks = in(0, 20);
     if (once_in(4)) o.has_scale = 1, o.scale = in(-100, 100) * 0.01;
     if (once_in(8)) o.error = in(0, 100) * 0.001;
-    constexpr const char* kKernels[] = {"cpu_flash", "reference_fp64", "", "no such kernel", "cpu_flas"};
+    constexpr const char* kKernels[] = {"cpu_flash", "cpu_adaptive",   "cpu_decode", "reference_fp64",
+                                        "",          "no such kernel", "cpu_flas"};
     if (once_in(4)) o.kernel = one_of(kKernels);
     if (once_in(32)) o.scale = wild_number(), o.has_scale = 1;
     if (once_in(64)) o.error = wild_number();
