@@ -164,7 +164,7 @@ class Hostile {
       }
     }
     std::byte* at = raw - low * size;
-    return once_in(128) ? at + 1 : at;  // off its alignment: refused before it is read
+    return once_in(128) && size > 1 ? at + 1 : at;  // off its alignment: refused before it is read
   }
 
   FuzzedDataProvider bytes_;
