@@ -90,6 +90,10 @@ def disable() -> None:
     """Undoes enable(): the dispatcher, the flash attention implementation and nn.MultiheadAttention's fast path are as
     before it.
 
+    No other thread may be inside an attention call meanwhile: PyTorch's dispatcher frees a kernel without waiting for
+    those who run it, and such a call may raise a RuntimeError. The same holds for enable() and for the end of an
+    outermost enabled(); changing the budget while enabled is safe.
+
     Does nothing if AdaAttn is not enabled. The transformers implementation "adaattn" stays known, so that models that
     use it keep working.
     """
@@ -105,7 +109,8 @@ def disable() -> None:
 def enabled(error: float = 0.0) -> Iterator[None]:
     """enable(error) for the length of a with block, then what was before it: off, or on with another budget. It nests.
 
-    The hook is the process's, not the thread's: calls from other threads are routed, too.
+    The hook is the process's, not the thread's: calls from other threads are routed, too; see disable() for when it may
+    go on and off.
     """
     global _error_budget
     with _lock:

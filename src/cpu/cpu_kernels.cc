@@ -2,6 +2,7 @@
 
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <array>
 
 #include "cpu/adaptive.h"
@@ -29,12 +30,16 @@ Reasons declines_decode(const adaattn_forward_args& args) {
 }
 
 Reasons declines_adaptive(const adaattn_forward_args& args) {
+  // Planning and verification cost about as much as 400 rows of queries: below 4,096 tokens they eat the gain
+  // (measured: docs/decisions/0005-cpu-tiles.md), and the kernel runs only if it is named.
+  const std::int64_t tokens = std::min(args.q.shape[2], args.k.shape[2]);
   return declines(args)
       .unless(args.options.error > 0, "the budget is 0: exact")
       .unless(args.mask.data == nullptr, "takes no mask")
       .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
               "takes no window")
-      .unless(args.q.shape[2] >= 1024 && args.k.shape[2] >= 1024, "fewer than 1,024 tokens leave nothing to gain");
+      .unless(tokens >= 1024, "takes 1,024 tokens or more")
+      .unless(tokens >= 4096 || args.options.kernel != nullptr, "fewer than 4,096 tokens leave nothing to gain");
 }
 
 constexpr std::array kForward = {ForwardKernel{.name = "cpu_adaptive",

@@ -26,7 +26,7 @@ def error_by_head(out, exact):
 def test_budget_is_kept_and_reported(rng, error):
     q, k, v = local_heads(rng)
     exact = adaattn.attention(q, k, v, is_causal=True)
-    out, metrics = adaattn.attention(q, k, v, is_causal=True, error=error, return_metrics=True)
+    out, metrics = adaattn.attention(q, k, v, is_causal=True, error=error, return_metrics=True, kernel="cpu_adaptive")
     assert (error_by_head(out, exact) <= error).all()
     assert (error_by_head(out, exact) > 0).all()
     assert metrics.kernel == "cpu_adaptive"
@@ -53,8 +53,9 @@ def test_zero_budget_is_the_exact_kernel_bit_for_bit(rng):
 def test_permuting_heads_permutes_results(rng):
     q, k, v = local_heads(rng)
     k *= np.array([1, 1.5], np.float32)[:, None, None]  # heads that differ
-    out = adaattn.attention(q, k, v, error=0.05)
-    np.testing.assert_array_equal(adaattn.attention(q[:, ::-1], k[:, ::-1], v[:, ::-1], error=0.05), out[:, ::-1])
+    out = adaattn.attention(q, k, v, error=0.05, kernel="cpu_adaptive")
+    swapped = adaattn.attention(q[:, ::-1], k[:, ::-1], v[:, ::-1], error=0.05, kernel="cpu_adaptive")
+    np.testing.assert_array_equal(swapped, out[:, ::-1])
 
 
 def test_masks_and_windows_stay_exact_and_say_so(rng):
@@ -66,10 +67,19 @@ def test_masks_and_windows_stay_exact_and_say_so(rng):
         assert metrics.form == "dense"
 
 
+def test_the_table_takes_it_from_where_it_pays(rng):
+    def chosen(tokens):
+        q, k, v = rng.standard_normal((3, 1, 1, tokens, 8), dtype=np.float32)
+        return adaattn.attention(q, k, v, error=0.1, return_metrics=True)[1]
+
+    assert "fewer than 4,096 tokens" in chosen(2048).fallback
+    assert chosen(4096).kernel == "cpu_adaptive"
+
+
 def test_a_mixed_form_is_named(rng):
     q, k, v = local_heads(rng)
     q[:, 1], k[:, 1] = rng.standard_normal((2, TOKENS, DIM))
-    _, metrics = adaattn.attention(q, k, v, error=0.01, return_metrics=True)
+    _, metrics = adaattn.attention(q, k, v, error=0.01, return_metrics=True, kernel="cpu_adaptive")
     assert metrics.form == "mixed"
     assert metrics.heads.forms.tolist() == [["tiled", "dense"]]
     assert metrics.heads.estimated_error[0, 1] == 0
@@ -83,8 +93,9 @@ class TestTorch:
 
     def test_same_as_numpy(self, rng):
         q, k, v = self.inputs(rng)
-        out, metrics = adaattn.attention(q, k, v, error=0.05, return_metrics=True)
-        np.testing.assert_array_equal(out, adaattn.attention(q.numpy(), k.numpy(), v.numpy(), error=0.05))
+        options = {"error": 0.05, "kernel": "cpu_adaptive"}
+        out, metrics = adaattn.attention(q, k, v, return_metrics=True, **options)
+        np.testing.assert_array_equal(out, adaattn.attention(q.numpy(), k.numpy(), v.numpy(), **options))
         assert metrics.form == "tiled"
 
     def test_calls_that_record_a_gradient_are_exact(self, rng):
@@ -95,4 +106,5 @@ class TestTorch:
         assert "record a gradient" in metrics.fallback
         assert metrics.error_budget == 0.1
         with self.torch.no_grad():
-            assert adaattn.attention(q, k, v, error=0.1, return_metrics=True)[1].form == "tiled"
+            _, metrics = adaattn.attention(q, k, v, error=0.1, return_metrics=True, kernel="cpu_adaptive")
+        assert metrics.form == "tiled"

@@ -338,7 +338,10 @@ def test_other_implementations_come_back() -> None:
 
 
 def test_threads() -> None:
-    """Calls while another thread switches the hook on and off end up on one side or the other, always right."""
+    """Calls from several threads while another one changes the budget are all routed, and all right.
+
+    The hook itself goes on before the threads begin and off after they end, as disable() asks for.
+    """
     q, k, v = tensors(Q, K, K)
     expected = F.scaled_dot_product_attention(q, k, v)
     errors = []
@@ -351,15 +354,18 @@ def test_threads() -> None:
             errors.append(error)
 
     before = dispatcher()
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for _ in range(20):
-        with adaattn.enabled():
-            close(F.scaled_dot_product_attention(q, k, v), expected)
-    for thread in threads:
-        thread.join()
+    adaattn.hook_statistics(reset=True)
+    with adaattn.enabled():
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            with adaattn.enabled(error=0.01):
+                close(F.scaled_dot_product_attention(q, k, v), expected)
+        for thread in threads:
+            thread.join()
     assert not errors
+    assert adaattn.hook_statistics().taken == 4 * 100 + 20
     assert dispatcher() == before
 
 
