@@ -3,9 +3,9 @@
  *   out = softmax(scale * q k^T + mask) v          per (batch, query head)
  *
  * Every function returns an adaattn_status; on failure adaattn_last_error() has the reason, naming the argument,
- * what it was and what is allowed. No call allocates, synchronises with a device or keeps a pointer after it returns:
- * scratch memory is the caller's (ask the matching *_workspace function for its size). Calls may come from any
- * number of threads at once.
+ * what it was and what is allowed. No call synchronises with a device or keeps a pointer after it returns. None but
+ * the FP64 reference allocates: scratch memory is the caller's (ask the matching *_workspace function for its size).
+ * Calls may come from any number of threads at once.
  */
 #ifndef ADAATTN_ADAATTN_H_
 #define ADAATTN_ADAATTN_H_

@@ -254,7 +254,7 @@ void plan_heads(const Engine& engine) {
       state.work += pilot_share * work_share(state.counts, rank_share);
       // A rule that saves too little is as good as dense, and more careful ones save less.
       if (work_share(state.counts, rank_share) > 1 - kLeastGain)
-        state.search.high = std::min(state.search.high, state.search.next()), state.worthless = state.search.high;
+        state.worthless = state.search.high = state.search.next();
       else
         state.search.record(accepts(relative(state.sums), error));
       state.decided = state.search.done();

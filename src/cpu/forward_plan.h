@@ -68,7 +68,7 @@ struct ForwardScratch {
   float* v_tile;        // [kKeyTile][Dv] where v cannot be read in place
   float* v_clean;       // [kKeyTile][Dv], v without its non-finite values where some rows must not see them
   float* rows;          // [lanes][max(D, Dv)], query rows on their way in, output rows on their way out
-  float* state;         // [block / lanes][6][lanes], see RowState
+  float* state;         // [block / lanes][5][lanes], see RowState
 };
 
 inline ForwardScratch lay_out(const adaattn_forward_args& args, Scratch& scratch) {
@@ -83,7 +83,7 @@ inline ForwardScratch lay_out(const adaattn_forward_args& args, Scratch& scratch
           .v_tile = scratch.take<float>(kKeyTile * dv),
           .v_clean = scratch.take<float>(kKeyTile * dv),
           .rows = scratch.take<float>(kMaxPanelLanes * std::max(d, dv)),
-          .state = scratch.take<float>(kMaxBlock * 6)};
+          .state = scratch.take<float>(kMaxBlock * 5)};
 }
 
 inline Visibility visibility_of(const ForwardPlan& plan, std::int64_t b) {

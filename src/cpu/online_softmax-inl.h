@@ -24,7 +24,7 @@ constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 // Running values of a panel's rows, each [kPanelLanes]. Probabilities are kept relative to 2^reference; the reference
 // follows the largest score, but only when that has grown by more than kSlack, so that sums are seldom rescaled.
 struct RowState {
-  static constexpr std::size_t kValues = 6;
+  static constexpr std::size_t kValues = 5;
   static constexpr float kSlack = 8;
 
   float* reference;     // in units of log2
@@ -32,15 +32,13 @@ struct RowState {
   float* sum;           // of probabilities
   float* compensation;  // of sum (Kahan)
   float* moment;        // of p * log2(p), for the entropy
-  float* spare;
 
   explicit RowState(float* base)
       : reference(base),
         top(base + kPanelLanes),
         sum(base + 2 * kPanelLanes),
         compensation(base + 3 * kPanelLanes),
-        moment(base + 4 * kPanelLanes),
-        spare(base + 5 * kPanelLanes) {}
+        moment(base + 4 * kPanelLanes) {}
 
   void clear() const {
     for (std::size_t lane = 0; lane < kPanelLanes; ++lane) {

@@ -56,7 +56,9 @@ inline double work_share(const TileCounts& tiles, double rank_share) {
 constexpr double kLeastGain = 0.15;
 constexpr double kLeastLeftOut = 0.05;
 
-// Error estimates from 128 rows lie within 0.6 and 1.6 of the truth: one is accepted below error / kProbeMargin.
+// An error estimate from kProbeRows rows is accepted below error / kProbeMargin. Measured on 86 tiled heads of a
+// language model, budgets 3e-3 to 1e-1, estimates were 0.24 to 1.43 of the truth (medians 0.83 to 0.94), and no head
+// was over 0.65 of its budget.
 constexpr int kProbeRows = 128;
 constexpr double kProbeMargin = 1.6;
 
