@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Changes when a struct below changes layout or meaning; adaattn_abi_version() is what the library was built with. */
-#define ADAATTN_ABI_VERSION 1
+#define ADAATTN_ABI_VERSION 2
 
 typedef enum adaattn_status {
   ADAATTN_OK = 0,
@@ -70,25 +70,78 @@ typedef struct adaattn_options {
   int64_t sinks;         /* this many first keys stay visible left of the window (StreamingLLM, arXiv 2309.17453) */
   int32_t num_threads;   /* CPU threads, at most 1024; 0: OpenMP's default */
   int32_t deterministic; /* 1: the same inputs give the same bits on every run (CPU kernels always do) */
+  int32_t guarantee;     /* adaattn_guarantee: what error promises; looked at only if error > 0 */
   const char* kernel;    /* name of the only kernel to consider, NULL: the first of the table that takes the problem */
 } adaattn_options;
 
 typedef enum adaattn_form {
-  ADAATTN_DENSE = 0, /* every visible score was computed and used */
-  ADAATTN_TILED = 1  /* tiles of keys were left out or summarised within the error budget */
+  ADAATTN_AUTOMATIC = -1, /* in plans only: the engine chooses */
+  ADAATTN_DENSE = 0,      /* every visible score was computed and used */
+  ADAATTN_TILED = 1,      /* tiles of keys in classes, see adaattn_tile_class */
+  ADAATTN_LOW_RANK = 2    /* attention over a weighted coreset of the keys */
 } adaattn_form;
+
+/* Of products; sums are kept in float32 or, for int8, exactly. */
+typedef enum adaattn_precision {
+  ADAATTN_PRECISION_FLOAT32 = 0,
+  ADAATTN_PRECISION_FLOAT16 = 1,
+  ADAATTN_PRECISION_BFLOAT16 = 2,
+  ADAATTN_PRECISION_INT8 = 3,
+  ADAATTN_PRECISION_FLOAT8 = 4 /* e4m3 */
+} adaattn_precision;
+
+/* What becomes of a tile of 64 keys seen from a panel of neighbouring queries. */
+typedef enum adaattn_tile_class {
+  ADAATTN_TILE_HIDDEN = 0,     /* no query of the panel sees it */
+  ADAATTN_TILE_DROPPED = 1,    /* left out by the screen, not scored */
+  ADAATTN_TILE_POOLED = 2,     /* left out by the screen; means of 16 keys and values stand for it */
+  ADAATTN_TILE_SUMMARISED = 3, /* scored; its mass times its mean v stands for it */
+  ADAATTN_TILE_LOW = 4,        /* scored and multiplied with v in the plan's low precision */
+  ADAATTN_TILE_HIGH = 5        /* scored and multiplied with v in the plan's precision */
+} adaattn_tile_class;
+
+/* How one (batch, query head) is, or was, carried out. The numbers in it are thresholds on shares of a row's softmax,
+ * so that a plan suits other inputs of the head, too; never positions of tiles. */
+typedef struct adaattn_head_plan {
+  int32_t form;          /* adaattn_form */
+  int32_t precision;     /* adaattn_precision of dense heads and of high tiles */
+  int32_t low_precision; /* adaattn_precision of low tiles; the same as precision if there are none */
+  int32_t pooled;        /* 1: what the screen leaves out is pooled, 0: dropped */
+  int32_t rank;          /* keys in the coreset of a low-rank head, else 0 */
+  float screen; /* natural log, <= 0: a tile is left out if its best screened score lies further below the row's best
+                   for each query; -INFINITY: none is */
+  float low;    /* natural log, <= 0: tiles whose best screened score lies further below the row's best for each
+                   query are low; 0: as many as can be, -INFINITY: none */
+  float drop;   /* share, 0 to 1: a tile whose mass is at most this part of the row's sum so far is summarised */
+} adaattn_head_plan;
+
+typedef enum adaattn_guarantee {
+  ADAATTN_MEASURED = 0, /* each head's error is estimated from probe rows, and kept below the budget */
+  ADAATTN_BOUNDED = 1   /* every tile is scored, and an upper bound on each head's error is kept below the budget */
+} adaattn_guarantee;
 
 /* What one (batch, query head) took. Tiles are 64 keys by one panel of neighbouring queries; dense heads count none. */
 typedef struct adaattn_head_report {
-  int32_t form;             /* adaattn_form */
-  int32_t escalations;      /* times the head was run again because its measured error was not accepted */
-  double estimated_error;   /* relative Frobenius error, measured on evenly spaced rows; 0 for dense heads */
-  double work;              /* multiply-adds, planning and verification included, over those of dense attention */
-  int64_t tiles;            /* that some query of the panel sees */
-  int64_t high_tiles;       /* scored, exponentiated and multiplied with v */
-  int64_t summarised_tiles; /* scored; their mass times their mean v stands for them */
-  int64_t dropped_tiles;    /* left out by the screen, not scored */
+  adaattn_head_plan plan; /* that gave the output; form is what the head ran as */
+  int32_t escalations;    /* times the head was run again because its error was not accepted */
+  int32_t reserved;       /* 0 */
+  double estimated_error; /* relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads */
+  double error_bound;     /* upper bound on it; INFINITY where none is known */
+  double work;            /* multiply-adds, planning and verification included, over those of dense attention; 8-bit
+                             ones count half */
+  int64_t tiles;          /* that some query of the panel sees */
+  int64_t high_tiles;     /* of each adaattn_tile_class */
+  int64_t low_tiles;
+  int64_t summarised_tiles;
+  int64_t pooled_tiles;
+  int64_t dropped_tiles;
+  int64_t saturated; /* elements of q, k and v that an 8-bit cast clipped */
 } adaattn_head_report;
+
+/* Wall time of a call's stages, in seconds. Calls that run no stages (exact ones) count as attend. */
+typedef struct adaattn_stage_times {
+  double measure, plan, attend, verify;
+} adaattn_stage_times;
 
 /* Forward pass. B batches, Hq query heads, Hk key heads (Hk divides Hq; query head h reads key head h * Hk / Hq). */
 typedef struct adaattn_forward_args {
@@ -104,8 +157,13 @@ typedef struct adaattn_forward_args {
   adaattn_options options;
   void* workspace; /* adaattn_forward_workspace() bytes, 64-byte aligned, on q's device */
   size_t workspace_bytes;
-  void* stream;               /* cudaStream_t for CUDA tensors, else NULL */
-  adaattn_head_report* heads; /* [B, Hq] contiguous, in host memory, written; or NULL */
+  void* stream;                   /* cudaStream_t for CUDA tensors, else NULL */
+  adaattn_head_report* heads;     /* [B, Hq] contiguous, in host memory, written; or NULL */
+  const adaattn_head_plan* plans; /* [B, Hq] contiguous, in host memory: what each head starts with; it is judged, and
+                                     made more careful if need be, as the engine's own; or NULL: all automatic */
+  uint8_t* tile_classes;          /* [B, Hq, ceil(Nq / P), ceil(Nk / 64)] contiguous, P = adaattn_panel_rows():
+                                     adaattn_tile_class of each tile, for adaattn_backward; written; or NULL */
+  adaattn_stage_times* times;     /* written; or NULL */
 } adaattn_forward_args;
 
 /* Backward pass from a given out and lse (they need not come from this library). Gradients are written, not added. */
@@ -122,6 +180,9 @@ typedef struct adaattn_backward_args {
   void* workspace; /* adaattn_backward_workspace() bytes, 64-byte aligned */
   size_t workspace_bytes;
   void* stream;
+  const adaattn_head_plan* plans; /* [B, Hq] of a forward pass within a budget, as reported: the gradient is that of
+                                     what it computed, tile by tile; or NULL: of exact attention */
+  const uint8_t* tile_classes;    /* the forward pass's; NULL exactly if plans is */
 } adaattn_backward_args;
 
 /* Merges attention over disjoint sets of keys into attention over their union (what ring attention needs):
@@ -138,6 +199,9 @@ typedef struct adaattn_merge_args {
 
 ADAATTN_API uint32_t adaattn_abi_version(void);
 ADAATTN_API const char* adaattn_version(void);
+
+/* Neighbouring queries that share a tile's class on this machine: two vectors of float32. */
+ADAATTN_API int32_t adaattn_panel_rows(void);
 
 /* The reason of this thread's last failed call, "" if there was none. Valid until the thread's next call. */
 ADAATTN_API const char* adaattn_last_error(void);

@@ -53,7 +53,7 @@ def forward(
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream, heads,
+        0, 0, execution.stream, heads, 0, 0, 0,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
@@ -88,7 +88,7 @@ def backward(
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, *dout, lse, *dq, *dk, *dv, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream,
+        0, 0, execution.stream, 0, 0,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
@@ -107,7 +107,7 @@ def reference_forward(
     """adaattn_reference_forward; out and lse are addresses of contiguous FP64 memory."""
     args = _library.ForwardArgs()
     _FORWARD.pack_into(
-        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), 0, 0, 0, 0
+        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), 0, 0, 0, 0, 0, 0, 0
     )
     _library.check(_library.library().adaattn_reference_forward(byref(args), out, lse))
 
@@ -128,7 +128,7 @@ def reference_backward(
     args = _library.BackwardArgs()
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, *dout, 0, *NO_VIEW, *NO_VIEW, *NO_VIEW, key_lengths,
-        *flat(options), 0, 0, 0,
+        *flat(options), 0, 0, 0, 0, 0,
     )  # fmt: skip
     _library.check(_library.library().adaattn_reference_backward(byref(args), dq, dk, dv))
 
@@ -158,7 +158,7 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
         wanted = 64 if statistics else 0  # only NULL or not is looked at
         _FORWARD.pack_into(
             args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 0,
-            *flat(options, addressof(name) if name else 0), 0, 0, 0, 0,
+            *flat(options, addressof(name) if name else 0), 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
         pointer = byref(args)
     needed = ctypes.c_size_t()

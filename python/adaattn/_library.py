@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 FLOAT32, FLOAT16, BFLOAT16, BOOL = range(4)
 CPU, CUDA = range(2)
@@ -40,6 +40,7 @@ class Options(ctypes.Structure):
         ("sinks", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
         ("deterministic", ctypes.c_int32),
+        ("guarantee", ctypes.c_int32),
         ("kernel", ctypes.c_char_p),
     )
 
@@ -60,20 +61,45 @@ class ForwardArgs(ctypes.Structure):
         ("workspace_bytes", ctypes.c_size_t),
         ("stream", ctypes.c_void_p),
         ("heads", ctypes.c_void_p),
+        ("plans", ctypes.c_void_p),
+        ("tile_classes", ctypes.c_void_p),
+        ("times", ctypes.c_void_p),
+    )
+
+
+class HeadPlan(ctypes.Structure):
+    _fields_ = (
+        ("form", ctypes.c_int32),
+        ("precision", ctypes.c_int32),
+        ("low_precision", ctypes.c_int32),
+        ("pooled", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("screen", ctypes.c_float),
+        ("low", ctypes.c_float),
+        ("drop", ctypes.c_float),
     )
 
 
 class HeadReport(ctypes.Structure):
     _fields_ = (
-        ("form", ctypes.c_int32),
+        ("plan", HeadPlan),
         ("escalations", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("estimated_error", ctypes.c_double),
+        ("error_bound", ctypes.c_double),
         ("work", ctypes.c_double),
         ("tiles", ctypes.c_int64),
         ("high_tiles", ctypes.c_int64),
+        ("low_tiles", ctypes.c_int64),
         ("summarised_tiles", ctypes.c_int64),
+        ("pooled_tiles", ctypes.c_int64),
         ("dropped_tiles", ctypes.c_int64),
+        ("saturated", ctypes.c_int64),
     )
+
+
+class StageTimes(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_double) for name in ("measure", "plan", "attend", "verify"))
 
 
 HEAD_REPORT_WORDS = ctypes.sizeof(HeadReport) // 8
@@ -97,6 +123,8 @@ class BackwardArgs(ctypes.Structure):
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_size_t),
         ("stream", ctypes.c_void_p),
+        ("plans", ctypes.c_void_p),
+        ("tile_classes", ctypes.c_void_p),
     )
 
 
@@ -119,6 +147,7 @@ _CODES = {
     ctypes.c_int32: "i",
     ctypes.c_int64: "q",
     ctypes.c_double: "d",
+    ctypes.c_float: "f",
 }
 
 

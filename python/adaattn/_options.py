@@ -43,6 +43,7 @@ def flat(
         sinks,
         num_threads,
         deterministic,
+        0,
         kernel,
     )
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_FORMS = np.array(["dense", "tiled"])
-_WORDS = np.dtype(
-    [("form", np.int32), ("escalations", np.int32), ("estimated_error", np.float64), ("work", np.float64)]
-    + [(name, np.int64) for name in ("tiles", "high_tiles", "summarised_tiles", "dropped_tiles")]
-)
+from adaattn._library import HeadReport
+
+_FORMS = np.array(["dense", "tiled", "low_rank"])
+_WORDS = np.dtype(HeadReport)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class HeadReports:
     def from_words(cls, words: Any) -> HeadReports:
         """From the C library's structs as (B, Hq, 7) 64-bit integers."""
         records = np.ascontiguousarray(words).view(_WORDS)[..., 0]
-        return cls(_FORMS[records["form"]], *(records[name] for name in (_WORDS.names or ())[1:]))
+        return cls(_FORMS[records["plan"]["form"]], *(records[field.name] for field in fields(cls)[1:]))
 
     @property
     def form(self) -> str:

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <string>
 
 #include "adaattn/adaattn.h"
@@ -9,6 +10,7 @@
 #include "api/validate.h"
 #include "common/error.h"
 #include "cpu/merge.h"
+#include "cpu/tiled.h"
 #include "dispatch/kernel_table.h"
 #include "reference/reference.h"
 
@@ -50,7 +52,8 @@ adaattn_status workspace(const Args* args, std::size_t* bytes) {
 // What the kernels of a budget overwrite.
 void report_dense(const adaattn_forward_args& args) {
   adaattn_head_report dense{};
-  dense.form = ADAATTN_DENSE;
+  dense.plan.form = ADAATTN_DENSE;
+  dense.error_bound = std::numeric_limits<double>::infinity();
   dense.work = 1;
   if (args.heads != nullptr) std::fill_n(args.heads, args.q.shape[0] * args.q.shape[1], dense);
 }
@@ -82,6 +85,7 @@ extern "C" {
 
 uint32_t adaattn_abi_version(void) { return ADAATTN_ABI_VERSION; }
 const char* adaattn_version(void) { return ADAATTN_VERSION; }
+int32_t adaattn_panel_rows(void) { return static_cast<int32_t>(cpu::panel_rows()); }
 const char* adaattn_last_error(void) { return last_error.c_str(); }
 
 adaattn_options adaattn_default_options(void) {

@@ -119,6 +119,8 @@ void check_options(const adaattn_options& o) {
   if (o.window_left < -1) refuse("options.window_left is ", o.window_left, ", must be >= 0, or -1 for no limit");
   if (o.window_right < -1) refuse("options.window_right is ", o.window_right, ", must be >= 0, or -1 for no limit");
   if (o.sinks < 0) refuse("options.sinks is ", o.sinks, ", must be >= 0");
+  if (o.guarantee != ADAATTN_MEASURED && o.guarantee != ADAATTN_BOUNDED)
+    refuse("options.guarantee is ", o.guarantee, ", must be 0 (measured) or 1 (bounded)");
   check_threads("options.num_threads", o.num_threads);
 }
 
@@ -174,6 +176,8 @@ void validate(const adaattn_forward_args& args, Need need) {
   check_array("entropy", args.entropy, 4);
   check_array("max_probability", args.max_probability, 4);
   check_array("heads", args.heads, alignof(adaattn_head_report));
+  check_array("plans", args.plans, alignof(adaattn_head_plan));
+  check_array("times", args.times, alignof(adaattn_stage_times));
 }
 
 void validate(const adaattn_backward_args& args, Need need) {

@@ -361,14 +361,15 @@ void adaptive(const adaattn_forward_args& args) {
   if (args.heads == nullptr) return;
   for (std::int64_t h = 0; h < engine.heads; ++h) {
     const HeadState& state = engine.states[h];
-    args.heads[h] = {.form = state.level == kDense ? ADAATTN_DENSE : ADAATTN_TILED,
-                     .escalations = state.escalations,
-                     .estimated_error = state.estimate,
-                     .work = state.work,
-                     .tiles = state.counts.visible,
-                     .high_tiles = state.counts.high,
-                     .summarised_tiles = state.counts.summarised,
-                     .dropped_tiles = state.counts.left_out};
+    adaattn_head_report& report = args.heads[h];
+    report.plan.form = state.level == kDense ? ADAATTN_DENSE : ADAATTN_TILED;
+    report.escalations = state.escalations;
+    report.estimated_error = state.estimate;
+    report.work = state.work;
+    report.tiles = state.counts.visible;
+    report.high_tiles = state.counts.high;
+    report.summarised_tiles = state.counts.summarised;
+    report.dropped_tiles = state.counts.left_out;
   }
 }
 

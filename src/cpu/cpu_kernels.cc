@@ -35,6 +35,7 @@ Reasons declines_adaptive(const adaattn_forward_args& args) {
   const std::int64_t tokens = std::min(args.q.shape[2], args.k.shape[2]);
   return declines(args)
       .unless(args.options.error > 0, "the budget is 0: exact")
+      .unless(args.options.guarantee == ADAATTN_MEASURED, "the error must be bounded, not measured")
       .unless(args.mask.data == nullptr, "takes no mask")
       .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
               "takes no window")

@@ -264,6 +264,8 @@ void tiled_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen
   }
 }
 
+std::size_t lanes_of_panel() { return kPanelLanes; }
+
 }  // namespace HWY_NAMESPACE
 }  // namespace adaattn::cpu
 HWY_AFTER_NAMESPACE();
@@ -273,6 +275,9 @@ namespace adaattn::cpu {
 
 HWY_EXPORT(tiled_task);
 HWY_EXPORT(screen_task);
+HWY_EXPORT(lanes_of_panel);
+
+std::size_t panel_rows() { return HWY_DYNAMIC_DISPATCH(lanes_of_panel)(); }
 
 void run_tiled_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen, const TileRule& rule,
                     const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {

@@ -34,6 +34,9 @@ inline TiledScratch lay_out_tiled(const adaattn_forward_args& args, Scratch& scr
           .screened_q = scratch.take<float>(kScreenRank * kMaxPanelLanes)};
 }
 
+// Queries of a panel on this machine.
+std::size_t panel_rows();
+
 // One block of rows of one head: plan is that of the head alone (batch and head counts 1) without a mask. Adds to
 // counts.
 void run_tiled_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen, const TileRule& rule,

@@ -133,7 +133,7 @@ TEST_P(Budget, EveryHeadStaysWithinItAndSaysHow) {
       const double rounding = variant.heads.dtype == ADAATTN_FLOAT32 ? 0 : 0x1p-8;
       EXPECT_LE(found, error + rounding) << "head " << h;
       EXPECT_LE(report.estimated_error, error / kProbeMargin);
-      EXPECT_EQ(report.form, ADAATTN_TILED) << "head " << h << " at " << error;
+      EXPECT_EQ(report.plan.form, ADAATTN_TILED) << "head " << h << " at " << error;
       EXPECT_GT(report.dropped_tiles, 0);
       EXPECT_EQ(report.tiles, report.high_tiles + report.summarised_tiles + report.dropped_tiles);
       EXPECT_LT(report.work, 1);
@@ -164,7 +164,7 @@ TEST(Adaptive, KeepsTheBudgetOnEveryInstructionSet) {
     const Inputs::Result got = inputs.run("cpu_adaptive", 0.05);
     for (std::int64_t h = 0; h < 2; ++h)
       EXPECT_LE(inputs.error_of_head(got, exact, h), 0.05) << hwy::TargetName(target);
-    EXPECT_EQ(got.reports[0].form, ADAATTN_TILED) << hwy::TargetName(target);
+    EXPECT_EQ(got.reports[0].plan.form, ADAATTN_TILED) << hwy::TargetName(target);
   }
 }
 
@@ -177,7 +177,7 @@ TEST(Adaptive, RunsDenseWhereNothingCanBeLeftOut) {
   Inputs inputs({.data = Data::kRandom});
   const Inputs::Result got = inputs.run("cpu_adaptive", 0.01);
   EXPECT_TRUE(same_bits(got.out, inputs.run("cpu_flash", 0).out));
-  EXPECT_EQ(got.reports[0].form, ADAATTN_DENSE);
+  EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
   EXPECT_EQ(got.reports[0].tiles, 0);
   EXPECT_GE(got.reports[0].work, 1);
 }
@@ -187,7 +187,7 @@ TEST(Adaptive, RunsDenseForHeadsWithNanOrInfinity) {
   inputs.v()[77 * 32 + 5] = std::numeric_limits<float>::quiet_NaN();
   inputs.v()[900 * 32 + 6] = std::numeric_limits<float>::infinity();
   const Inputs::Result got = inputs.run("cpu_adaptive", 0.1), exact = inputs.run("cpu_flash", 0);
-  EXPECT_EQ(got.reports[0].form, ADAATTN_DENSE);
+  EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
   for (std::size_t x = 0; x < got.out.size(); ++x) EXPECT_EQ(std::isnan(got.out[x]), std::isnan(exact.out[x])) << x;
 }
 

@@ -33,6 +33,7 @@ class Options(ctypes.Structure):
         ("sinks", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
         ("deterministic", ctypes.c_int32),
+        ("guarantee", ctypes.c_int32),
         ("kernel", ctypes.c_char_p),
     ]
 
@@ -53,6 +54,9 @@ class ForwardArgs(ctypes.Structure):
         ("workspace_bytes", ctypes.c_size_t),
         ("stream", ctypes.c_void_p),
         ("heads", ctypes.c_void_p),
+        ("plans", ctypes.c_void_p),
+        ("tile_classes", ctypes.c_void_p),
+        ("times", ctypes.c_void_p),
     ]
 
 

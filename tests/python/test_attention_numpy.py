@@ -332,7 +332,9 @@ class TestLibrary:
             "adaattn_forward_args": _library.ForwardArgs,
             "adaattn_backward_args": _library.BackwardArgs,
             "adaattn_merge_args": _library.MergeArgs,
+            "adaattn_head_plan": _library.HeadPlan,
             "adaattn_head_report": _library.HeadReport,
+            "adaattn_stage_times": _library.StageTimes,
         }
         expected = {"ADAATTN_ABI_VERSION": _library.ABI_VERSION}
         for name, kind in structs.items():
