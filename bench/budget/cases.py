@@ -143,6 +143,24 @@ def hidden_needles(s: Source) -> Heads:
     return q, k, v
 
 
+def outlier_tokens(s: Source) -> Heads:
+    """In every tile one key that hardly a row looks at has a value far above the others', and one is long itself."""
+    q, k, v = s.local()
+    u = s.direction()
+    k[:, :, 7::64] -= 6 * u
+    v[:, :, 7::64] *= 100
+    k[:, :, 31::64] *= 4
+    return q + 6 * u, k, v
+
+
+def cancelling_values(s: Source) -> Heads:
+    """Neighbouring values cancel: outputs are far smaller than what they are sums of."""
+    q, k, v = s.local()
+    v[:, :, 1::2] = 0.05 * v[:, :, 1::2] - v[:, :, ::2]
+    k[:, :, 1::2] = 0.05 * k[:, :, 1::2] + k[:, :, ::2]
+    return q, k, v
+
+
 def burst(s: Source) -> Heads:
     """24 neighbouring rows look everywhere, at values far larger than what the other rows see."""
     q, k, v = s.local(2)
@@ -184,7 +202,8 @@ def periodic(s: Source) -> Heads:
 
 USUAL = [normal, outlier_channels, key_bias, peaked, sinks, spikes, constant, huge_logits, video, local]
 HOSTILE = [
-    scores_with_values, hidden_needles, burst, value_norms, fading_values, late_change, periodic,
+    scores_with_values, hidden_needles, outlier_tokens, cancelling_values, burst, value_norms, fading_values,
+    late_change, periodic,
 ]  # fmt: skip
 
 

@@ -27,17 +27,17 @@ class LanguageModel(Protocol):
 class Gpt8k:
     name = "gpt8k"
 
-    def __init__(self, folder: Path, cache: Path, text: Path | None):
+    def __init__(self, folder: Path, cache: Path, text: Path | None, device: str):
         if text is not None:
             raise SystemExit("--text is for smollm2: gpt8k reads val.txt of its folder")
-        self.folder, self.cache = folder, cache
+        self.folder, self.cache, self.device = folder, cache, device
         self.module = gpt8k_module(folder)
-        self.weights = self.module.load(str(folder))
+        self.weights = self.module.load(str(folder), device)
 
     def sequence(self, index: int, tokens: int) -> torch.Tensor:
         # Kept, so that neither tokenizer nor text need to travel to another machine.
         make = lambda: gpt8k_ids(self.folder, 0, 16 * 8192)  # noqa: E731
-        return _stretch(_kept(self.cache / "gpt8k-ids.pt", make), index, tokens)
+        return _stretch(_kept(self.cache / "gpt8k-ids.pt", make), index, tokens).to(self.device)
 
     def losses(self, ids: torch.Tensor, attention: Attention) -> torch.Tensor:
         logits = self.module.run(self.weights, ids, lambda q, k, v: attention(q[None], k[None], v[None])[0])
@@ -49,12 +49,12 @@ class SmolLM2:
 
     name = "smollm2"
 
-    def __init__(self, _folder: Path | None, cache: Path, text: Path | None):
+    def __init__(self, _folder: Path | None, cache: Path, text: Path | None, device: str):
         from adaattn.models import load_smollm2
         from transformers import AttentionInterface, AttentionMaskInterface
 
-        self.model, self.tokenizer = load_smollm2()
-        self.cache, self.text = cache, text
+        self.model, self.tokenizer = load_smollm2(device)
+        self.cache, self.text, self.device = cache, text, device
         self.attention: Attention | None = None
 
         def attend(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
@@ -66,7 +66,7 @@ class SmolLM2:
         self.model.set_attn_implementation("argument")
 
     def sequence(self, index: int, tokens: int) -> torch.Tensor:
-        return _stretch(_kept(self.cache / "smollm2-ids.pt", self._read), index, tokens)
+        return _stretch(_kept(self.cache / "smollm2-ids.pt", self._read), index, tokens).to(self.device)
 
     def _read(self) -> torch.Tensor:
         if self.text is None:

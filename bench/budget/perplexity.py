@@ -39,14 +39,15 @@ class Attend:
         self.heads: list[Record] = []
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        inputs = [x.cpu() for x in (q, k, v)]  # the engine's, wherever the rest of the model runs
         shared = {"is_causal": True, "enable_gqa": q.shape[1] != k.shape[1]}
-        if self.error == 0:
-            exact: torch.Tensor = adaattn.attention(q, k, v, **shared)
-            return exact
         out: torch.Tensor
-        out, metrics = adaattn.attention(q, k, v, error=self.error, return_metrics=True, **shared)
-        self.heads += records.reports(metrics, q.shape[1])
-        return out
+        if self.error == 0:
+            out = adaattn.attention(*inputs, **shared)
+        else:
+            out, metrics = adaattn.attention(*inputs, error=self.error, return_metrics=True, **shared)
+            self.heads += records.reports(metrics, q.shape[1])
+        return out.to(q.device)
 
 
 def run_sequence(model: LanguageModel, index: int, tokens: int, budget: float) -> Record:
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     if not missing:
         return
     records.progress(f"loading {options.model}", options.quiet)
-    model = MODELS[options.model](options.gpt8k, options.cache, options.text)
+    model = MODELS[options.model](options.gpt8k, options.cache, options.text, options.device)
     for done, (_, index, budget) in enumerate(missing):
         records.progress(f"{done}/{len(missing)} sequence {index} at {budget:g}", options.quiet)
         record = run_sequence(model, index, options.tokens, budget)
@@ -148,6 +149,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=13, help="(%(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="per sequence (%(default)s)")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only sequences I, I + N, ...")
+    parser.add_argument("--device", default="cpu", help="of all but the attention: cpu or cuda (%(default)s)")
     parser.add_argument("--threads", type=int, help="(all cores)")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on standard output")
     parser.add_argument("--quiet", action="store_true", help="no progress")
