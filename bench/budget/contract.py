@@ -9,15 +9,18 @@ Exits with 1 if a bar is missed. All rows of all heads are compared (see truth.p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 import adaattn
 import cases
 import records
 from records import Record, by, table
+from truth import true_output
 
 # Exact float32 heads have an error of about 3e-7; what their report calls 0 is that.
 _FLOAT32 = 1e-5
@@ -76,21 +79,31 @@ def where(record: Record) -> str:
 
 
 def policy_run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Escalations, call by call, of one adaattn.Policy over the texts of each model's layers."""
+    """One adaattn.Policy per model and budget over its texts, one after the other: a row for each text."""
     rows = []
-    real = [case for case in cases.chosen(options) if "/text" in case.name]
-    for budget in options.budgets:
+    real = [(*case.name.split("/"), case) for case in cases.chosen(options) if "/text" in case.name]
+    for data, budget in itertools.product(dict.fromkeys(part[0] for part in real), options.budgets):
         policy = adaattn.Policy()
-        for text, group in by([{"text": c.name.split("/")[1], "case": c} for c in real], "text").items():
+        for text in dict.fromkeys(part[1] for part in real if part[0] == data):
             found: list[Record] = []
-            for case in (item["case"] for item in group):
-                heads = case.load()
-                truth = records.true_output(heads, case.causal, options.cache)
+            for _, _, layer, case in (part for part in real if part[:2] == (data, text)):
                 records.progress(f"policy at {budget:g}: {case.name}", options.quiet)
-                key = case.name.replace(text[0] + "/", "")
-                found += records.measure(case, heads, truth, budget, "measured", policy=policy, policy_key=key)
-            rows.append({"budget": budget, "text": text[0], **summary(found)})
+                heads = case.load()
+                truth = true_output(heads, case.causal, options.cache)
+                found += records.measure(case, heads, truth, budget, "measured", partial(policy.attention, layer))
+            rows.append({"data": data, "budget": budget, "text": text, **summary(found)})
     return rows
+
+
+def policy_misses(rows: list[dict[str, Any]]) -> list[str]:
+    """Of the last text of each model."""
+    last = {(row["data"], row["budget"]): row for row in rows}.values()
+    return [
+        f"policy, {row['data']} at {row['budget']:g}: {row['escalated']} of {row['heads']} heads ran again in the last "
+        "text, may be 1 in 10"
+        for row in last
+        if row["escalated"] > row["heads"] / 10
+    ]
 
 
 def main() -> int:
@@ -104,11 +117,7 @@ def main() -> int:
     rows = summaries(found)
     missed = misses(rows, found)
     policy = policy_run(options) if options.policy else []
-    for text in sorted({row["text"] for row in policy})[-1:]:
-        last = [row for row in policy if row["text"] == text]
-        escalated, heads = sum(r["escalated"] for r in last), sum(r["heads"] for r in last)
-        if escalated > heads / 10:
-            missed.append(f"policy: {escalated} of {heads} heads ran again in the last text, may be 1 in 10")
+    missed += policy_misses(policy)
     if options.json:
         print(json.dumps({"rows": rows, "policy": policy, "missed": missed}, indent=1))
     else:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,18 @@ def collect(cases: list[Case], guarantees: list[str], options: Namespace) -> lis
     return result
 
 
-def measure(case: Case, heads: Heads, truth: torch.Tensor, budget: float, guarantee: str, **more: Any) -> list[Record]:
+def measure(
+    case: Case,
+    heads: Heads,
+    truth: torch.Tensor,
+    budget: float,
+    guarantee: str,
+    attention: Callable[..., Any] = adaattn.attention,
+) -> list[Record]:
     """One call, its true errors and its report."""
-    if guarantee != "measured":
-        more["guarantee"] = guarantee
+    asked = {"error": budget} if guarantee == "measured" else {"error": budget, "guarantee": guarantee}
     start = time.perf_counter()
-    out, metrics = adaattn.attention(
-        *heads, error=budget, is_causal=case.causal, enable_gqa=True, return_metrics=True, **more
-    )
+    out, metrics = attention(*heads, is_causal=case.causal, enable_gqa=True, return_metrics=True, **asked)
     seconds = time.perf_counter() - start
     shared = {"data": case.data, "case": case.name, "budget": budget, "guarantee": guarantee}
     shared |= {"kernel": metrics.kernel, "fallback": metrics.fallback, "call_seconds": seconds}
@@ -86,10 +89,6 @@ def library_stamp() -> str:
     """Of the library's file: results of another build do not count."""
     path = os.environ.get("ADAATTN_LIBRARY") or next(Path(_library.__file__).parent.rglob("libadaattn*"))
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
-
-
-def has_guarantee() -> bool:
-    return "guarantee" in inspect.signature(adaattn.attention).parameters
 
 
 def _read(file: Path, stamp: str) -> dict[tuple[str, float, str], list[Record]]:
