@@ -197,6 +197,62 @@ typedef struct adaattn_merge_args {
   void* stream;
 } adaattn_merge_args;
 
+/* What adaattn_measure looks at; or-ed together. Each states its price, adaattn_head_statistics.work. */
+typedef enum adaattn_statistic {
+  ADAATTN_STATISTIC_RANGE = 1,            /* magnitudes of q, k and v, and the mean of k */
+  ADAATTN_STATISTIC_ROWS = 2,             /* scores and softmax of sampled rows; the last two need and bring it, too */
+  ADAATTN_STATISTIC_SCORE_SPECTRUM = 4,   /* gram_q and gram_k */
+  ADAATTN_STATISTIC_OUTPUT = 8,           /* norm of the output of sampled rows */
+  ADAATTN_STATISTIC_SOFTMAX_SPECTRUM = 16 /* softmax_core */
+} adaattn_statistic;
+#define ADAATTN_STATISTIC_COUNT 5
+
+/* Of one (batch, query head); k and v are those of its key head, up to the key length. NaN: not asked for, nothing to
+ * look at (no keys, no v), or not finite. */
+typedef struct adaattn_head_statistics {
+  double largest_q, largest_k, largest_v;    /* largest magnitude */
+  double crest_q, crest_k, crest_v;          /* largest magnitude over root mean square; 1 is flat */
+  double outliers_q, outliers_k, outliers_v; /* share of elements beyond 6 root mean squares, which an 8-bit cast with
+                                                that range would clip */
+  double key_mean;         /* norm of the mean key over the root mean square norm of the keys, 0 to 1 */
+  double entropy;          /* of a row's softmax in nats, mean over the sampled rows */
+  double max_probability;  /* largest softmax entry of a row, mean over the sampled rows */
+  double score_deviation;  /* standard deviation of a row's visible scores, mean over the sampled rows */
+  double score_range;      /* largest less smallest visible score of a row, mean over the sampled rows */
+  double output_norm;      /* root mean square over the sampled rows of the output row's Euclidean norm */
+  double softmax_energy;   /* squared Frobenius norm of the sampled rows' softmax */
+  double softmax_residual; /* what the sketch leaves out of the sampled rows' softmax, in spectral norm, is at most this
+                              with probability 1 - 1e-10 (Halko, Martinsson and Tropp, arXiv 0909.4061, equation 4.3,
+                              10 test vectors); 0 without a sketch */
+  int64_t sampled_rows;    /* that see a key; what is a mean over the sampled rows is over these */
+  double work[ADAATTN_STATISTIC_COUNT]; /* multiply-adds of each statistic, in the order of their bits, over those of
+                                           dense attention; what key heads share is split among their query heads */
+} adaattn_head_statistics;
+
+/* Statistics of attention's inputs and softmax. M = min(sample_rows, Nq) rows are sampled, one at random in each of M
+ * even parts of the sequence. */
+typedef struct adaattn_measure_args {
+  adaattn_tensor q, k, v, mask; /* as in the forward pass, on the CPU; v.data NULL: no values, and v is not looked at */
+  const int64_t* key_lengths;
+  adaattn_options options;  /* error, guarantee, deterministic and kernel are not looked at: results are the same on
+                               every  run and for every number of threads */
+  uint32_t statistics;      /* adaattn_statistic, or-ed */
+  int32_t power_iterations; /* of the sketch, 0 to 16 */
+  int64_t sample_rows;      /* 1 to 4096 */
+  int64_t sketch;  /* L, 0 to 1024: columns of a randomized range finder for the sampled rows' softmax; 0, or at
+                      least M: none, softmax_core is exact */
+  uint64_t seed;   /* of the rows and of the sketch */
+  void* workspace; /* adaattn_measure_workspace() bytes, 64-byte aligned */
+  size_t workspace_bytes;
+  adaattn_head_statistics* heads; /* [B, Hq] contiguous, written */
+  double* gram_q; /* [B, Hq, D, D] contiguous, q^T q; written if the score spectrum is asked for, else may be NULL */
+  double* gram_k; /* [B, Hk, D, D] contiguous, kc^T kc with kc = k less its mean; likewise. The singular values of
+                     q kc^T, hidden pairs included, are the roots of the eigenvalues of gram_q gram_k */
+  double* softmax_core; /* [B, Hq, S, S] contiguous, S = M, or L with a sketch: the softmax's singular values over the
+                           sampled rows are the roots of its eigenvalues; written if the softmax spectrum is asked for,
+                           else may be NULL */
+} adaattn_measure_args;
+
 ADAATTN_API uint32_t adaattn_abi_version(void);
 ADAATTN_API const char* adaattn_version(void);
 
@@ -216,6 +272,9 @@ ADAATTN_API adaattn_status adaattn_backward_workspace(const adaattn_backward_arg
 ADAATTN_API adaattn_status adaattn_forward(const adaattn_forward_args* args);
 ADAATTN_API adaattn_status adaattn_backward(const adaattn_backward_args* args);
 ADAATTN_API adaattn_status adaattn_merge(const adaattn_merge_args* args);
+
+ADAATTN_API adaattn_status adaattn_measure_workspace(const adaattn_measure_args* args, size_t* bytes);
+ADAATTN_API adaattn_status adaattn_measure(const adaattn_measure_args* args);
 
 /* FP64 attention, the truth that every error is measured against: args->out, entropy, max_probability and the workspace
  * are ignored. out is [B, Hq, Nq, Dv] and lse [B, Hq, Nq], both contiguous; either may be NULL. CPU tensors only. */

@@ -26,6 +26,7 @@ using Options = adaattn_options;
 using ForwardArgs = adaattn_forward_args;
 using BackwardArgs = adaattn_backward_args;
 using MergeArgs = adaattn_merge_args;
+using MeasureArgs = adaattn_measure_args;
 
 // 16-bit elements by their bits, for compilers without std::float16_t and std::bfloat16_t.
 struct float16 {
@@ -147,6 +148,18 @@ inline void backward(BackwardArgs args) {
 
 // Attention over the union of disjoint key sets from attention over each, see adaattn_merge_args. Throws Error.
 inline void merge(const MergeArgs& args) { detail::check(adaattn_merge(&args)); }
+
+// Statistics of q, k, v and of the softmax, see adaattn_measure_args. With args.workspace NULL takes the workspace
+// itself. Throws Error.
+inline void measure(MeasureArgs args) {
+  detail::AlignedMemory memory;
+  if (args.workspace == nullptr) {
+    detail::check(adaattn_measure_workspace(&args, &args.workspace_bytes));
+    memory = detail::allocate(args.workspace_bytes);
+    args.workspace = memory.get();
+  }
+  detail::check(adaattn_measure(&args));
+}
 
 // JSON: version, devices, instruction sets, kernels and why each is unavailable (or declines args). Throws Error.
 inline std::string describe(const ForwardArgs* args = nullptr) {

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from adaattn.functional import attention, describe, merge, reference, reference_backward
+from adaattn.measurement import Statistics, measure
 from adaattn.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "AdaptiveAttention",
     "HookStatistics",
     "Metrics",
+    "Statistics",
     "__version__",
     "attention",
     "describe",
@@ -42,6 +44,7 @@ __all__ = [
     "enabled",
     "hook_statistics",
     "is_enabled",
+    "measure",
     "merge",
     "reference",
     "reference_backward",

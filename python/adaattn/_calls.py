@@ -13,6 +13,7 @@ from adaattn._options import flat
 
 _FORWARD = _library.packer(_library.ForwardArgs)
 _BACKWARD = _library.packer(_library.BackwardArgs)
+_MEASURE = _library.packer(_library.MeasureArgs)
 
 # Takes a number of bytes, returns the address of that much memory on the inputs' device, aligned to 64 bytes.
 # The memory lives until the next call with the same function, or until the function is gone.
@@ -145,6 +146,48 @@ def merge(parts: list[View], part_lses: list[int], out: View, lse: int, num_thre
         args, 0, addressof(tensors), addressof(lses), len(parts), *out, lse, num_threads, 0
     )
     _library.check(_library.library().adaattn_merge(byref(args)))
+
+
+class Sampling(NamedTuple):
+    """What adaattn_measure looks at, and how."""
+
+    statistics: int  # adaattn_statistic, or-ed
+    power_iterations: int
+    sample_rows: int
+    sketch: int
+    seed: int
+
+
+def measure(
+    q: View,
+    k: View,
+    v: View | None,
+    mask: View | None,
+    key_lengths: int,
+    options: Options,
+    sampling: Sampling,
+    execution: Execution,
+    heads: int,
+    gram_q: int,
+    gram_k: int,
+    softmax_core: int,
+) -> None:
+    """adaattn_measure with a workspace of its own; key_lengths and what follows execution are addresses, 0 for none."""
+    library = _library.library()
+    args = _library.MeasureArgs()
+    _MEASURE.pack_into(
+        args, 0, *q, *k, *(v or NO_VIEW), *(mask or NO_VIEW), key_lengths,
+        *flat(options, 0, execution.num_threads, execution.deterministic),
+        *sampling, 0, 0, heads, gram_q, gram_k, softmax_core,
+    )  # fmt: skip
+    pointer = byref(args)
+    needed = ctypes.c_size_t()
+    status = library.adaattn_measure_workspace(pointer, byref(needed))
+    if status == 0:
+        args.workspace = execution.allocate(needed.value)
+        args.workspace_bytes = needed.value
+        status = library.adaattn_measure(pointer)
+    _library.check(status)
 
 
 def describe(problem: tuple[View, View, View, View | None, View] | None, statistics: bool, options: Options) -> str:

@@ -140,12 +140,51 @@ class MergeArgs(ctypes.Structure):
     )
 
 
+class HeadStatistics(ctypes.Structure):
+    _fields_ = (
+        *((f"{name}_{tensor}", ctypes.c_double) for name in ("largest", "crest", "outliers") for tensor in "qkv"),
+        ("key_mean", ctypes.c_double),
+        ("entropy", ctypes.c_double),
+        ("max_probability", ctypes.c_double),
+        ("score_deviation", ctypes.c_double),
+        ("score_range", ctypes.c_double),
+        ("output_norm", ctypes.c_double),
+        ("softmax_energy", ctypes.c_double),
+        ("softmax_residual", ctypes.c_double),
+        ("sampled_rows", ctypes.c_int64),
+        ("work", ctypes.c_double * 5),
+    )
+
+
+class MeasureArgs(ctypes.Structure):
+    _fields_ = (
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("mask", Tensor),
+        ("key_lengths", ctypes.c_void_p),
+        ("options", Options),
+        ("statistics", ctypes.c_uint32),
+        ("power_iterations", ctypes.c_int32),
+        ("sample_rows", ctypes.c_int64),
+        ("sketch", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("heads", ctypes.c_void_p),
+        ("gram_q", ctypes.c_void_p),
+        ("gram_k", ctypes.c_void_p),
+        ("softmax_core", ctypes.c_void_p),
+    )
+
+
 _CODES = {
     ctypes.c_void_p: "P",
     ctypes.c_char_p: "P",
     ctypes.c_size_t: "N",
     ctypes.c_int32: "i",
     ctypes.c_int64: "q",
+    ctypes.c_uint32: "I",
     ctypes.c_double: "d",
     ctypes.c_float: "f",
 }
@@ -186,6 +225,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "adaattn_forward": [_VOID],
     "adaattn_backward": [_VOID],
     "adaattn_merge": [_VOID],
+    "adaattn_measure_workspace": [_VOID, _SIZE_POINTER],
+    "adaattn_measure": [_VOID],
     "adaattn_reference_forward": [_VOID, _VOID, _VOID],
     "adaattn_reference_backward": [_VOID, _VOID, _VOID, _VOID],
     "adaattn_describe": [_VOID, ctypes.c_char_p, ctypes.c_size_t, _SIZE_POINTER],

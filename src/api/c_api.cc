@@ -12,6 +12,7 @@
 #include "cpu/merge.h"
 #include "cpu/tiled.h"
 #include "dispatch/kernel_table.h"
+#include "measure/measure.h"
 #include "reference/reference.h"
 
 namespace adaattn {
@@ -70,6 +71,15 @@ adaattn_status run(const Args* args) {
   });
 }
 
+// A v that is not there gets the shape of k, so that no size of it is left unchecked.
+adaattn_measure_args with_values(const adaattn_measure_args& args) {
+  adaattn_measure_args result = args;
+  if (args.v.data != nullptr) return result;
+  result.v = args.k;
+  result.v.data = nullptr;
+  return result;
+}
+
 template <typename Args>
 void require_cpu(const Args& args) {
   if (args.q.device != ADAATTN_CPU)
@@ -109,6 +119,23 @@ adaattn_status adaattn_merge(const adaattn_merge_args* args) {
   return guarded([&] {
     validate(required(args, "args"));
     cpu::merge(*args);
+  });
+}
+
+adaattn_status adaattn_measure_workspace(const adaattn_measure_args* args, size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "bytes");
+    validate(required(args, "args"), Need::kShapesOnly);
+    *bytes = measure::workspace_bytes(with_values(*args));
+  });
+}
+
+adaattn_status adaattn_measure(const adaattn_measure_args* args) {
+  return guarded([&] {
+    validate(required(args, "args"), Need::kAll);
+    const adaattn_measure_args call = with_values(*args);
+    validate_workspace(call.workspace, call.workspace_bytes, measure::workspace_bytes(call));
+    measure::run(call);
   });
 }
 

@@ -222,6 +222,45 @@ void validate(const adaattn_merge_args& args) {
                       concat("parts are on ", device_name(first.device), ", merge takes cpu tensors only"));
 }
 
+void validate(const adaattn_measure_args& args, Need need) {
+  adaattn_measure_args checked = args;
+  if (args.v.data == nullptr) checked.v = args.k;  // no values
+  check_inputs(checked, need);
+  constexpr std::uint32_t kAll = (1U << ADAATTN_STATISTIC_COUNT) - 1;
+  if (args.statistics == 0 || (args.statistics & ~kAll) != 0)
+    refuse("statistics is ", args.statistics, ", must be a sum of adaattn_statistic, 1..", kAll);
+  if (args.sample_rows < 1 || args.sample_rows > 4096)
+    refuse("sample_rows is ", args.sample_rows, ", must be in 1..4096");
+  // Threads hold the scores of their sampled rows; see check_extent.
+  constexpr std::int64_t kMostScores = std::int64_t{1} << 42;
+  if (args.k.shape[2] > kMostScores / std::max<std::int64_t>(args.sample_rows, 32))
+    refuse("k has ", args.k.shape[2], " tokens and sample_rows is ", args.sample_rows,
+           ": too large, at most 2^42 sampled scores");
+  if (args.sketch < 0 || args.sketch > 1024) refuse("sketch is ", args.sketch, ", must be in 0..1024 (0: none)");
+  if (args.power_iterations < 0 || args.power_iterations > 16)
+    refuse("power_iterations is ", args.power_iterations, ", must be in 0..16");
+  if (args.q.device != ADAATTN_CPU)
+    throw StatusError(ADAATTN_UNSUPPORTED,
+                      concat("q is on ", device_name(args.q.device), ", measure takes cpu tensors only"));
+  if (need == Need::kShapesOnly || args.q.shape[0] * args.q.shape[1] == 0) return;
+  if (args.heads == nullptr) refuse("heads is NULL, must be [B, Hq] adaattn_head_statistics");
+  check_array("heads", args.heads, alignof(adaattn_head_statistics));
+  const struct {
+    const char* name;
+    const double* data;
+    std::uint32_t statistic;
+    const char* meaning;
+  } outputs[] = {{"gram_q", args.gram_q, ADAATTN_STATISTIC_SCORE_SPECTRUM, "[B, Hq, D, D]"},
+                 {"gram_k", args.gram_k, ADAATTN_STATISTIC_SCORE_SPECTRUM, "[B, Hk, D, D]"},
+                 {"softmax_core", args.softmax_core, ADAATTN_STATISTIC_SOFTMAX_SPECTRUM, "[B, Hq, S, S]"}};
+  for (const auto& output : outputs) {
+    if ((args.statistics & output.statistic) == 0) continue;
+    if (output.data == nullptr)
+      refuse(output.name, " is NULL, must be ", output.meaning, " float64 with statistics ", args.statistics);
+    check_array(output.name, output.data, alignof(double));
+  }
+}
+
 void validate_workspace(const void* workspace, std::size_t bytes, std::size_t needed) {
   if (needed == 0) return;
   if (workspace == nullptr || bytes < needed)

@@ -13,6 +13,7 @@ enum class Need { kShapesOnly, kInputs, kAll };  // workspace queries, the refer
 void validate(const adaattn_forward_args& args, Need need);
 void validate(const adaattn_backward_args& args, Need need);
 void validate(const adaattn_merge_args& args);
+void validate(const adaattn_measure_args& args, Need need);
 
 void validate_workspace(const void* workspace, std::size_t bytes, std::size_t needed);
 
