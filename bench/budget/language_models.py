@@ -35,9 +35,7 @@ class Gpt8k:
         self.weights = self.module.load(str(folder), device)
 
     def sequence(self, index: int, tokens: int) -> torch.Tensor:
-        # Kept, so that neither tokenizer nor text need to travel to another machine.
-        make = lambda: gpt8k_ids(self.folder, 0, 16 * 8192)  # noqa: E731
-        return _stretch(_kept(self.cache / "gpt8k-ids.pt", make), index, tokens).to(self.device)
+        return _stretch(gpt8k_ids(self.folder, self.cache), index, tokens).to(self.device)
 
     def losses(self, ids: torch.Tensor, attention: Attention) -> torch.Tensor:
         logits = self.module.run(self.weights, ids, lambda q, k, v: attention(q[None], k[None], v[None])[0])
@@ -66,13 +64,14 @@ class SmolLM2:
         self.model.set_attn_implementation("argument")
 
     def sequence(self, index: int, tokens: int) -> torch.Tensor:
-        return _stretch(_kept(self.cache / "smollm2-ids.pt", self._read), index, tokens).to(self.device)
-
-    def _read(self) -> torch.Tensor:
-        if self.text is None:
-            raise SystemExit("--text must name the text for smollm2")
-        text = self.text.read_text(encoding="utf-8")
-        return torch.tensor(self.tokenizer(text, verbose=False).input_ids)
+        file = self.cache / "smollm2-ids.pt"
+        if not file.exists():
+            if self.text is None:
+                raise SystemExit("--text must name the text for smollm2")
+            text = self.text.read_text(encoding="utf-8")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(torch.tensor(self.tokenizer(text, verbose=False).input_ids).int(), file)
+        return _stretch(torch.load(file).long(), index, tokens).to(self.device)
 
     def losses(self, ids: torch.Tensor, attention: Attention) -> torch.Tensor:
         self.attention = attention
@@ -81,13 +80,6 @@ class SmolLM2:
 
 
 MODELS: dict[str, Callable[..., LanguageModel]] = {"gpt8k": Gpt8k, "smollm2": SmolLM2}
-
-
-def _kept(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(make().int(), file)
-    return torch.load(file).long()
 
 
 def _stretch(ids: torch.Tensor, index: int, tokens: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ def cases(gpt8k: Path | None, cache: Path, texts: int, wanted: Callable[[str], b
     """One case per layer and text. Text comes from the novel in the package, for gpt8k from its held-out documents."""
     takers: dict[str, Callable[[int], list[Heads]]] = {"smollm2": smollm2_heads, "minilm": minilm_heads}
     if gpt8k is not None:
-        takers = {"gpt8k": partial(gpt8k_heads, gpt8k)} | takers
+        takers = {"gpt8k": partial(gpt8k_heads, gpt8k, cache)} | takers
     for data, taker in takers.items():
         for text in range(texts if wanted(data) else 0):
             folder = cache / f"{data}-text{text}"
@@ -60,23 +60,30 @@ def gpt8k_module(folder: Path) -> ModuleType:
     return module
 
 
-def gpt8k_ids(folder: Path, first: int, tokens: int) -> torch.Tensor:
-    """Tokens first to first + tokens of the held-out documents, which end with token 0."""
-    from tokenizers import Tokenizer
+def gpt8k_ids(folder: Path, cache: Path) -> torch.Tensor:
+    """The first 32 sequences of the held-out documents, which end with token 0. They are kept in the cache, so that
+    neither the tokenizer nor the text is needed on another machine that has it."""
+    file = cache / "gpt8k-ids.pt"
+    if not file.exists():
+        from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids: list[int] = []
-    for document in (folder / "val.txt").read_text(encoding="utf-8").split("\0"):
-        ids += [*tokenizer.encode(document).ids, 0]
-        if len(ids) >= first + tokens:
-            return torch.tensor(ids[first : first + tokens])
-    raise SystemExit(f"{folder / 'val.txt'} has {len(ids)} tokens, {first + tokens} are needed")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids: list[int] = []
+        for document in (folder / "val.txt").read_text(encoding="utf-8").split("\0"):
+            ids += [*tokenizer.encode(document).ids, 0]
+            if len(ids) >= 32 * GPT8K_TOKENS:
+                break
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.tensor(ids[: 32 * GPT8K_TOKENS], dtype=torch.int16), file)
+    return torch.load(file).long()
 
 
-def gpt8k_heads(folder: Path, text: int) -> list[Heads]:
+def gpt8k_heads(folder: Path, cache: Path, text: int) -> list[Heads]:
     """Texts are 8 sequences apart, so that they come from different documents."""
+    ids = gpt8k_ids(folder, cache)[8 * text * GPT8K_TOKENS :][:GPT8K_TOKENS]
+    if len(ids) < GPT8K_TOKENS:
+        raise SystemExit("--texts must be at most 4 for gpt8k")
     module = gpt8k_module(folder)
-    ids = gpt8k_ids(folder, 8 * text * GPT8K_TOKENS, GPT8K_TOKENS)
     return [tuple(x[None] for x in layer) for layer in module.heads(module.load(str(folder)), ids)]
 
 
