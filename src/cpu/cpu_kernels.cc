@@ -7,6 +7,7 @@
 
 #include "cpu/adaptive.h"
 #include "cpu/backward.h"
+#include "cpu/bounded.h"
 #include "cpu/decode.h"
 #include "cpu/decode_plan.h"
 #include "cpu/forward.h"
@@ -43,6 +44,15 @@ Reasons declines_adaptive(const adaattn_forward_args& args) {
       .unless(tokens >= 4096 || args.options.kernel != nullptr, "fewer than 4,096 tokens leave nothing to gain");
 }
 
+Reasons declines_bounded(const adaattn_forward_args& args) {
+  return declines(args)
+      .unless(args.options.error > 0, "the budget is 0: exact")
+      .unless(args.options.guarantee == ADAATTN_BOUNDED, "the error must be measured, not bounded")
+      .unless(args.mask.data == nullptr, "takes no mask")
+      .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
+              "takes no window");
+}
+
 constexpr std::array kForward = {ForwardKernel{.name = "cpu_adaptive",
                                                .summary = "tiles of keys chosen within the error budget, float32",
                                                .device = ADAATTN_CPU,
@@ -50,6 +60,13 @@ constexpr std::array kForward = {ForwardKernel{.name = "cpu_adaptive",
                                                .declines = declines_adaptive,
                                                .workspace = adaptive_workspace,
                                                .run = adaptive},
+                                 ForwardKernel{.name = "cpu_bounded",
+                                               .summary = "every tile scored, an upper bound on each head's error",
+                                               .device = ADAATTN_CPU,
+                                               .unavailable = always_available,
+                                               .declines = declines_bounded,
+                                               .workspace = bounded_workspace,
+                                               .run = bounded},
                                  ForwardKernel{.name = "cpu_decode",
                                                .summary = "few query rows in float32, keys split over threads",
                                                .device = ADAATTN_CPU,

@@ -1,0 +1,425 @@
+// The stages, head by head (what the bounds are: plan/error_bound.h):
+//   measure  per key head the means and spreads of v by tiles, and the largest norms
+//   plan     a few panels of queries are run exactly: their norm says what error the head may make, and how many of
+//            their tiles that would summarise says whether the head is worth it; else it runs densely
+//   attend   all blocks of queries; in each panel as many tiles are summarised as its part of the error allows
+//   verify   the rows' bounds are summed; a head over budget runs its worst blocks again with nothing summarised. A
+//            head whose float32 rounding alone cannot be certified is run in FP64.
+#include "cpu/bounded.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "common/error.h"
+#include "common/tensor.h"
+#include "cpu/bounded_block.h"
+#include "cpu/forward.h"
+#include "cpu/forward_plan.h"
+#include "cpu/head_problem.h"
+#include "cpu/threads.h"
+#include "cpu/value_tiles.h"
+#include "plan/error_bound.h"
+#include "reference/reference.h"
+
+namespace adaattn::cpu {
+namespace {
+
+constexpr std::int64_t kPilotPanels = 4;  // of kMaxPanelLanes queries
+constexpr auto kPilotQueries = static_cast<std::int64_t>(kMaxPanelLanes);
+constexpr std::int64_t kLeastTokens = 1024;  // fewer leave nothing over once the pilot is paid
+// Multiply-adds that tiles must save, as a share of dense attention's: the pilot, the spreads and the second pass over
+// the exponentials cost about 0.07.
+constexpr double kLeastSaving = 0.12;
+
+struct HeadState {
+  adaattn_form form;
+  bool exact;  // in FP64, at last
+  bool done;
+  double allowed;  // squared error of a panel per tile that it sees
+  double bound;    // of the relative error
+  double work;     // share of dense attention's multiply-adds so far
+  int escalations;
+  BlockBound total;
+};
+
+struct BlockState {
+  BlockBound bound;
+  bool wanted;      // to be run
+  bool summarises;  // may summarise tiles
+};
+
+struct ThreadScratch {
+  ForwardScratch forward;
+  BoundedScratch bounded;
+  ValueTilesScratch values;
+};
+
+// Everything in the workspace.
+struct Engine {
+  const adaattn_forward_args* args;
+  int threads;
+  bool tiles_pay;      // for this size
+  std::int64_t heads;  // B * Hq
+  std::int64_t block, blocks;
+  ValueTiles* values;        // [B * Hk]
+  HeadState* states;         // [heads]
+  BlockState* block_states;  // [heads][blocks]
+  std::int64_t* order;       // [blocks]
+  BlockBound* pilots;        // [heads][kPilotPanels]
+  float* pilot_out;          // [heads][kPilotPanels][kPilotQueries][Dv]
+  float* max_probability;    // [heads][Nq]
+  double *out, *lse;         // [Nq][Dv] and [Nq], of one head in FP64
+  ThreadScratch* scratch;    // [threads]
+};
+
+Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
+  Engine engine{};
+  const std::int64_t nq = args.q.shape[2], nk = args.k.shape[2];
+  const auto dv = static_cast<std::size_t>(args.v.shape[3]), queries = static_cast<std::size_t>(nq);
+  engine.args = &args;
+  engine.threads = thread_count(args.options.num_threads);
+  engine.heads = args.q.shape[0] * args.q.shape[1];
+  engine.tiles_pay = std::min(nq, nk) >= kLeastTokens;
+  if (engine.tiles_pay) {
+    engine.block = bounded_block_rows(args);
+  } else {
+    adaattn_forward_args head = args;  // blocks small enough that few heads keep all threads busy, too
+    head.k.shape[1] = head.q.shape[1];
+    engine.block = make_forward_plan(head, engine.threads).block;
+  }
+  engine.blocks = (nq + engine.block - 1) / engine.block;
+  const auto heads = static_cast<std::size_t>(engine.heads), blocks = static_cast<std::size_t>(engine.blocks);
+  const auto key_heads = static_cast<std::size_t>(args.q.shape[0] * args.k.shape[1]);
+  constexpr auto kPilots = static_cast<std::size_t>(kPilotPanels);
+  engine.values = scratch.take<ValueTiles>(key_heads);
+  engine.states = scratch.take<HeadState>(heads);
+  engine.block_states = scratch.take<BlockState>(heads * blocks);
+  engine.order = scratch.take<std::int64_t>(blocks);
+  engine.pilots = scratch.take<BlockBound>(heads * kPilots);
+  engine.pilot_out = scratch.take<float>(engine.tiles_pay ? heads * kPilots * kMaxPanelLanes * dv : 0);
+  engine.max_probability = scratch.take<float>(heads * queries);
+  engine.out = scratch.take<double>(queries * dv);
+  engine.lse = scratch.take<double>(queries);
+  engine.scratch = scratch.take<ThreadScratch>(static_cast<std::size_t>(engine.threads));
+  for (std::size_t i = 0; i < key_heads; ++i) {
+    const ValueTiles values = lay_out_value_tiles(args, scratch);
+    if (engine.values != nullptr) engine.values[i] = values;
+  }
+  for (int t = 0; t < engine.threads; ++t) {
+    ThreadScratch mine = {
+        .forward = lay_out(args, scratch), .bounded = {}, .values = lay_out_value_tiles_thread(args, scratch)};
+    if (engine.tiles_pay) mine.bounded = lay_out_bounded(args, scratch);
+    if (engine.scratch != nullptr) engine.scratch[t] = mine;
+  }
+  return engine;
+}
+
+// body(index, scratch of the thread) for all indices, in any order.
+template <class Body>
+void for_all(const Engine& engine, std::int64_t count, Body body) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(engine.threads)
+  for (std::int64_t index = 0; index < count; ++index) body(index, engine.scratch[omp_get_thread_num()]);
+}
+
+// Runs body and adds its wall time to seconds.
+template <class Body>
+void timed(double& seconds, Body body) {
+  const auto start = std::chrono::steady_clock::now();
+  body();
+  seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+const ValueTiles& values_of(const Engine& engine, std::int64_t head) {
+  return engine.values[key_head_of(*engine.args, head)];
+}
+
+// The head's problem with a max_probability in any case: the bound of a dense head needs it.
+adaattn_forward_args own_problem(const Engine& engine, std::int64_t head) {
+  adaattn_forward_args one = head_problem(*engine.args, head);
+  if (one.max_probability == nullptr) one.max_probability = engine.max_probability + head * one.q.shape[2];
+  return one;
+}
+
+ForwardPlan block_plan(const Engine& engine, const adaattn_forward_args& head) {
+  ForwardPlan plan = make_forward_plan(head, 1);
+  plan.block = engine.block;
+  plan.blocks = plan.tasks = engine.blocks;
+  return plan;
+}
+
+void measure(const Engine& engine) {
+  const adaattn_forward_args& args = *engine.args;
+  for_all(engine, args.q.shape[0] * args.k.shape[1], [&](std::int64_t i, const ThreadScratch& scratch) {
+    build_value_tiles(args, i / args.k.shape[1], i % args.k.shape[1], engine.tiles_pay, scratch.values,
+                      engine.values[i]);
+  });
+}
+
+// The spreads' and the pilot's multiply-adds for one query head, as a share of dense attention's.
+double planning_share(const adaattn_forward_args& args) {
+  const auto d = static_cast<double>(args.q.shape[3]), dv = static_cast<double>(args.v.shape[3]);
+  const auto nq = static_cast<double>(args.q.shape[2]), tile = static_cast<double>(kBoundTile);
+  const double group = static_cast<double>(args.q.shape[1]) / static_cast<double>(args.k.shape[1]);
+  const double visible = nq * (args.options.causal != 0 ? 0.5 : 1);
+  return tile * (dv + tile) / group / (visible * (d + dv)) + static_cast<double>(kPilotPanels * kPilotQueries) / nq;
+}
+
+double tile_work(const adaattn_forward_args& args, const BlockBound& block) {
+  if (block.tiles == 0) return 1;
+  const auto d = static_cast<double>(args.q.shape[3]), dv = static_cast<double>(args.v.shape[3]);
+  const double summarised = static_cast<double>(block.summarised) / static_cast<double>(block.tiles);
+  return 1 - summarised * (1 - 1.0 / kBoundTile) * dv / (d + dv);
+}
+
+// A pilot panel's rows, with nothing written but float32 output.
+BlockBound try_panel(const Engine& engine, std::int64_t index, const ThreadScratch& scratch) {
+  const std::int64_t head = index / kPilotPanels, panel = index % kPilotPanels;
+  adaattn_forward_args args = head_problem(*engine.args, head);
+  const std::int64_t nq = args.q.shape[2], dv = args.v.shape[3];
+  const std::int64_t first = (2 * panel + 1) * (nq / kPilotQueries) / (2 * kPilotPanels) * kPilotQueries;
+  args.q.data = static_cast<std::byte*>(args.q.data) + offset_of(args.q, 0, 0, first, 0) * dtype_size(args.q.dtype);
+  args.q.shape[2] = kPilotQueries;
+  args.lse = args.entropy = args.max_probability = nullptr;
+  args.out = {.data = engine.pilot_out + index * kPilotQueries * dv,
+              .dtype = ADAATTN_FLOAT32,
+              .device = ADAATTN_CPU,
+              .shape = {1, 1, kPilotQueries, dv},
+              .stride = {0, 0, dv, 1}};
+  ForwardPlan plan = make_forward_plan(args, 1);
+  plan.args = &args;
+  plan.block = kPilotQueries;
+  plan.blocks = plan.tasks = 1;
+  plan.query_count = nq;
+  plan.first_query = first;
+  return try_bounded_block(plan, 0, values_of(engine, head), planned_error(args.options.error), scratch.forward,
+                           scratch.bounded);
+}
+
+void check_plan(const Engine& engine, std::int64_t head) {
+  const adaattn_head_plan* plans = engine.args->plans;
+  if (plans != nullptr && plans[head].form == ADAATTN_LOW_RANK)
+    refuse("plans[", head,
+           "].form is 2 (low rank), which has no bound: must be -1 (automatic), 0 (dense) or 1 (tiled)");
+}
+
+void plan_heads(const Engine& engine) {
+  const adaattn_forward_args& args = *engine.args;
+  const auto asked = [&](std::int64_t h) {
+    return args.plans != nullptr ? static_cast<adaattn_form>(args.plans[h].form) : ADAATTN_AUTOMATIC;
+  };
+  const auto may_be_tiled = [&](std::int64_t h) {
+    return engine.tiles_pay && asked(h) != ADAATTN_DENSE && values_of(engine, h).sizes->finite;
+  };
+  if (engine.tiles_pay)
+    for_all(engine, engine.heads * kPilotPanels, [&](std::int64_t i, const ThreadScratch& scratch) {
+      engine.pilots[i] = may_be_tiled(i / kPilotPanels) ? try_panel(engine, i, scratch) : BlockBound{};
+    });
+  for (std::int64_t h = 0; h < engine.heads; ++h) {
+    HeadState& state = engine.states[h];
+    state = {};
+    state.form = ADAATTN_DENSE;
+    for (std::int64_t i = 0; i < engine.blocks; ++i)
+      engine.block_states[h * engine.blocks + i] = {.bound = {}, .wanted = true, .summarises = true};
+    if (!may_be_tiled(h)) continue;
+    state.work = planning_share(args);
+    BlockBound pilot;
+    for (std::int64_t i = 0; i < kPilotPanels; ++i) pilot = add(pilot, engine.pilots[h * kPilotPanels + i]);
+    // The panels stand for equal parts of the rows. What they were off by was rounding alone.
+    const double error = planned_error(args.options.error) * std::sqrt(pilot.norm) - std::sqrt(pilot.error);
+    const bool pays = 1 - tile_work(args, pilot) >= kLeastSaving;
+    if (!(error > 0) || pilot.tiles == 0 || (!pays && asked(h) != ADAATTN_TILED)) continue;
+    state.form = ADAATTN_TILED;
+    state.allowed = error * error / static_cast<double>(pilot.tiles);
+  }
+}
+
+// Runs the wanted blocks of all heads.
+void attend(const Engine& engine) {
+  const std::size_t panel = static_cast<std::size_t>(adaattn_panel_rows());
+  const std::size_t panels = (static_cast<std::size_t>(engine.args->q.shape[2]) + panel - 1) / panel;
+  for_all(engine, engine.heads * engine.blocks, [&](std::int64_t i, const ThreadScratch& scratch) {
+    const std::int64_t h = i / engine.blocks;
+    const HeadState& state = engine.states[h];
+    BlockState& block = engine.block_states[i];
+    if (!block.wanted) return;
+    block.wanted = false;
+    const adaattn_forward_args head = own_problem(engine, h);
+    const ForwardPlan plan = block_plan(engine, head);
+    const std::int64_t task = i % engine.blocks;
+    if (state.form == ADAATTN_DENSE) {
+      run_forward_task(plan, task, scratch.forward);
+      block.bound = bound_dense_block(plan, task, *values_of(engine, h).sizes, scratch.forward);
+      return;
+    }
+    std::uint8_t* classes = engine.args->tile_classes;
+    if (classes != nullptr) classes += static_cast<std::size_t>(h) * panels * bound_tiles(*engine.args);
+    block.bound = run_bounded_block(plan, task, values_of(engine, h), block.summarises ? state.allowed : 0,
+                                    scratch.forward, scratch.bounded, classes);
+  });
+}
+
+// Wants the blocks with the largest bounds again, exactly, until what the others leave is half of the budget.
+void repair(const Engine& engine, std::int64_t head) {
+  BlockState* blocks = engine.block_states + head * engine.blocks;
+  HeadState& state = engine.states[head];
+  double left = state.total.error;
+  const double error = planned_error(engine.args->options.error);
+  const double target = 0.25 * error * error * state.total.norm;
+  for (std::int64_t i = 0; i < engine.blocks; ++i) engine.order[i] = i;
+  std::sort(engine.order, engine.order + engine.blocks, [&](std::int64_t a, std::int64_t b) {
+    const double at_a = blocks[a].bound.error, at_b = blocks[b].bound.error;
+    return at_a != at_b ? at_a > at_b : a < b;
+  });
+  double again = 0;
+  for (std::int64_t i = 0; i < engine.blocks && left > target; ++i) {
+    BlockState& block = blocks[engine.order[i]];
+    left -= block.bound.error;
+    if (!block.summarises) continue;
+    block.summarises = false;
+    block.wanted = true;
+    again += static_cast<double>(block.bound.tiles);
+  }
+  state.work += again / static_cast<double>(std::max<std::int64_t>(state.total.tiles, 1));
+}
+
+// The head in FP64, one thread for each batch entry and head: slow, for heads that float32 cannot vouch for.
+void run_in_fp64(const Engine& engine, std::int64_t head) {
+  const adaattn_forward_args one = head_problem(*engine.args, head);
+  reference::forward(one, engine.out, engine.lse);
+  reference::statistics(one, one.entropy, one.max_probability);
+  const KeySizes& sizes = *values_of(engine, head).sizes;
+  const double scale =
+      one.options.has_scale != 0 ? one.options.scale : 1 / std::sqrt(static_cast<double>(one.q.shape[3]));
+  const std::int64_t dv = one.v.shape[3];
+  HeadState& state = engine.states[head];
+  state.total = {};
+  for (std::int64_t row = 0; row < one.q.shape[2]; ++row) {
+    double query = 0, norm = 0;
+    for (std::int64_t c = 0; c < one.q.shape[3]; ++c) query += std::pow(load(one.q, 0, 0, row, c), 2.0);
+    for (std::int64_t c = 0; c < dv; ++c) {
+      const double value = engine.out[row * dv + c];
+      store_element(one.out.data, offset_of(one.out, 0, 0, row, c), one.out.dtype, static_cast<float>(value));
+      norm += value * value;
+    }
+    if (one.lse != nullptr) one.lse[row] = static_cast<float>(engine.lse[row]);
+    const double error =
+        rounding_bound(std::fabs(scale) * std::sqrt(query) * sizes.key, 1, sizes.value,
+                       static_cast<double>(one.q.shape[3]), static_cast<double>(one.k.shape[2]), kFloat64Unit) +
+        kFloat32Unit * std::sqrt(norm);  // of the result
+    state.total.error += error * error;
+    state.total.norm += norm;
+  }
+  state.form = ADAATTN_DENSE;
+  state.bound = relative_bound(std::sqrt(state.total.error), std::sqrt(state.total.norm));
+  state.exact = state.done = true;
+  state.work += 1;
+}
+
+void verify(const Engine& engine) {
+  for (std::int64_t h = 0; h < engine.heads; ++h) {
+    HeadState& state = engine.states[h];
+    if (state.done) continue;
+    const BlockState* blocks = engine.block_states + h * engine.blocks;
+    state.total = {};
+    bool summarises = false;
+    for (std::int64_t i = 0; i < engine.blocks; ++i) {
+      state.total = add(state.total, blocks[i].bound);
+      summarises = summarises || blocks[i].summarises;
+    }
+    state.bound = relative_bound(std::sqrt(state.total.error), std::sqrt(state.total.norm));
+    const bool finite = values_of(engine, h).sizes->finite && !std::isnan(state.total.error + state.total.norm);
+    state.done = state.bound <= engine.args->options.error;
+    if (state.done) continue;
+    ++state.escalations;
+    if (state.form == ADAATTN_TILED && finite && summarises) {
+      repair(engine, h);
+    } else if (state.form == ADAATTN_TILED && !finite) {  // a query with NaN or overflow: as SDPA
+      state.form = ADAATTN_DENSE;
+      for (std::int64_t i = 0; i < engine.blocks; ++i) engine.block_states[h * engine.blocks + i].wanted = true;
+    } else if (finite) {
+      run_in_fp64(engine, h);
+    } else {
+      --state.escalations;
+      state.bound = std::numeric_limits<double>::infinity();
+      state.done = true;
+    }
+  }
+}
+
+// Tiles of a dense head are high as far as some query of the panel sees them.
+void fill_dense_classes(const Engine& engine, std::int64_t head) {
+  const adaattn_forward_args& args = *engine.args;
+  const Visibility visibility =
+      make_visibility(args.options, args.q.shape[2],
+                      args.key_lengths != nullptr ? args.key_lengths[head / args.q.shape[1]] : args.k.shape[2]);
+  const std::int64_t panel = adaattn_panel_rows(), panels = (args.q.shape[2] + panel - 1) / panel;
+  const auto tiles = static_cast<std::int64_t>(bound_tiles(args));
+  std::uint8_t* classes = args.tile_classes + head * panels * tiles;
+  for (std::int64_t p = 0; p < panels; ++p) {
+    const std::int64_t last = std::min((p + 1) * panel, args.q.shape[2]) - 1;
+    const std::int64_t seen = (visible_keys(visibility, p * panel, last).end + kBoundTile - 1) / kBoundTile;
+    std::fill_n(classes + p * tiles, seen, ADAATTN_TILE_HIGH);
+    std::fill_n(classes + p * tiles + seen, tiles - seen, ADAATTN_TILE_HIDDEN);
+  }
+}
+
+void report(const Engine& engine) {
+  const adaattn_forward_args& args = *engine.args;
+  for (std::int64_t h = 0; h < engine.heads; ++h) {
+    const HeadState& state = engine.states[h];
+    adaattn_head_report& report = args.heads[h];
+    report = {};
+    report.plan = {.form = state.form,
+                   .precision = ADAATTN_PRECISION_FLOAT32,
+                   .low_precision = ADAATTN_PRECISION_FLOAT32,
+                   .pooled = 0,
+                   .rank = 0,
+                   .screen = -std::numeric_limits<float>::infinity(),
+                   .low = -std::numeric_limits<float>::infinity(),
+                   .drop = 0};
+    report.escalations = state.escalations;
+    report.error_bound = state.bound;
+    report.work = state.work;
+    if (state.form == ADAATTN_DENSE) {
+      if (!state.exact) report.work += 1;
+      continue;
+    }
+    report.work += tile_work(args, state.total);
+    report.tiles = state.total.tiles;
+    report.summarised_tiles = state.total.summarised;
+    report.high_tiles = state.total.tiles - state.total.summarised;
+  }
+}
+
+}  // namespace
+
+std::size_t bounded_workspace(const adaattn_forward_args& args) {
+  Scratch scratch(nullptr);
+  lay_out_engine(args, scratch);
+  return scratch.bytes();
+}
+
+void bounded(const adaattn_forward_args& args) {
+  Scratch scratch(args.workspace);
+  const Engine engine = lay_out_engine(args, scratch);
+  for (std::int64_t h = 0; h < engine.heads; ++h) check_plan(engine, h);
+  adaattn_stage_times times{};
+  timed(times.measure, [&] { measure(engine); });
+  timed(times.plan, [&] { plan_heads(engine); });
+  const auto undecided = [&] {
+    return std::any_of(engine.states, engine.states + engine.heads, [](const HeadState& s) { return !s.done; });
+  };
+  while (undecided()) {
+    timed(times.attend, [&] { attend(engine); });
+    timed(times.verify, [&] { verify(engine); });
+  }
+  if (args.times != nullptr) *args.times = times;
+  for (std::int64_t h = 0; h < engine.heads && args.tile_classes != nullptr; ++h)
+    if (engine.states[h].form == ADAATTN_DENSE) fill_dense_classes(engine, h);
+  if (args.heads != nullptr) report(engine);
+}
+
+}  // namespace adaattn::cpu
