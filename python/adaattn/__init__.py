@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from adaattn.functional import attention, describe, merge, reference, reference_backward
 from adaattn.measurement import Statistics, measure
 from adaattn.metrics import Metrics
+from adaattn.plan import Plan
+from adaattn.policy import Policy, PolicyMismatchError, PolicyStatistics
 
 if TYPE_CHECKING:
     from adaattn._fallbacks import HookStatistics
@@ -35,6 +37,10 @@ __all__ = [
     "AdaptiveAttention",
     "HookStatistics",
     "Metrics",
+    "Plan",
+    "Policy",
+    "PolicyMismatchError",
+    "PolicyStatistics",
     "Statistics",
     "__version__",
     "attention",

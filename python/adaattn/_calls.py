@@ -46,15 +46,17 @@ def forward(
     options: Options,
     execution: Execution,
     heads: int = 0,
+    plans: int = 0,
+    times: int = 0,
 ) -> None:
-    """adaattn_forward with a workspace of its own; lse to key_lengths and heads are addresses, 0 for none."""
+    """adaattn_forward with a workspace of its own; lse to key_lengths and heads to times are addresses, 0 for none."""
     library = _library.library()
     args = _library.ForwardArgs()
     name = _kernel_name(options)
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream, heads, 0, 0, 0,
+        0, 0, execution.stream, heads, plans, 0, times,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()

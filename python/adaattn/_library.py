@@ -104,6 +104,7 @@ class StageTimes(ctypes.Structure):
 
 HEAD_REPORT_WORDS = ctypes.sizeof(HeadReport) // 8
 """A head report in words of 8 bytes, as callers allocate it."""
+STAGES = len(StageTimes._fields_)
 
 
 class BackwardArgs(ctypes.Structure):

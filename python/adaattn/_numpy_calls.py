@@ -9,9 +9,10 @@ import numpy as np
 
 from adaattn import _calls
 from adaattn._arrays import Array, check_array, contiguous_view, key_lengths_array, mask_view, packed, view
-from adaattn._library import HEAD_REPORT_WORDS
+from adaattn._library import HEAD_REPORT_WORDS, STAGES
 from adaattn._options import CallOptions
 from adaattn._shapes import check_heads, check_output_size
+from adaattn.plan import Plan
 
 _ALIGNMENT = 64
 
@@ -38,14 +39,46 @@ class _Workspace:
 
 
 def attention(
-    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
 ) -> tuple[Array, ...]:
-    """(out, lse), or (out, lse, entropy, max_probability, heads) if statistics are wanted; heads: raw reports."""
+    """(out, lse)."""
+    return _run(q, k, v, attn_mask, key_lengths, enable_gqa, options, None, False, False)
+
+
+def attention_reported(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    key_lengths: Any,
+    enable_gqa: bool,
+    options: CallOptions,
+    plan: Plan | None,
+    statistics: bool,
+) -> tuple[Array, ...]:
+    """(out, lse, heads, times), and (entropy, max_probability) if statistics are wanted; heads: raw reports."""
+    return _run(q, k, v, attn_mask, key_lengths, enable_gqa, options, plan, True, statistics)
+
+
+def _run(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    key_lengths: Any,
+    enable_gqa: bool,
+    options: CallOptions,
+    plan: Plan | None,
+    report: bool,
+    statistics: bool,
+) -> tuple[Array, ...]:
     problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
+    plans = None if plan is None else plan.records(*q.shape[:2])
     out = np.empty(problem.out_shape, q.dtype)
     rows = [np.empty(q.shape[:3], np.float32) for _ in range(3 if statistics else 1)]
     lse, entropy, max_probability = (*(int(row.ctypes.data) for row in rows), 0, 0)[:3]
-    heads = np.zeros((*q.shape[:2], HEAD_REPORT_WORDS), np.int64)
+    reports = (np.zeros((*q.shape[:2], HEAD_REPORT_WORDS), np.int64), np.zeros(STAGES)) if report else ()
+    heads, times = (*(int(array.ctypes.data) for array in reports), 0, 0)[:2]
     _calls.forward(
         problem.q,
         problem.k,
@@ -58,9 +91,11 @@ def attention(
         problem.lengths_address,
         options,
         _calls.Execution(_Workspace()),
-        int(heads.ctypes.data) if statistics else 0,
+        heads,
+        0 if plans is None else int(plans.ctypes.data),
+        times,
     )
-    return (out, *rows, heads) if statistics else (out, *rows)
+    return (out, rows[0], *reports, *rows[1:])
 
 
 def effective(options: CallOptions, *_: Any) -> CallOptions:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 Window = tuple[int | None, int | None]
 Alignment = Literal["top_left", "bottom_right"]
+Guarantee = Literal["measured", "bounded"]
 
 _INT64_MAX = 2**63 - 1
 
@@ -23,14 +24,19 @@ class CallOptions(NamedTuple):
     window_left: int = -1
     window_right: int = -1
     sinks: int = 0
+    bounded: bool = False
     kernel: str | None = None
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return "bounded" if self.bounded else "measured"
 
 
 def flat(
     options: tuple[Any, ...], kernel: int = 0, num_threads: int = 0, deterministic: bool = False
 ) -> tuple[Any, ...]:
     """The fields of adaattn_options in order; kernel is the address of the name, or 0."""
-    error, scale, causal, bottom_right, left, right, sinks, _ = options
+    error, scale, causal, bottom_right, left, right, sinks, bounded, _ = options
     has_scale = scale is not None
     return (
         error,
@@ -43,7 +49,7 @@ def flat(
         sinks,
         num_threads,
         deterministic,
-        0,
+        bounded,
         kernel,
     )
 
@@ -90,6 +96,22 @@ def _window(window: Any) -> tuple[int, int]:
     )
 
 
+def checked_error(error: Any) -> float:
+    """The budget as a float. Raises TypeError or ValueError naming it."""
+    number = _number("error", error)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"error is {number}, must be a finite number >= 0 (0 is exact)")
+    return number
+
+
+def checked_guarantee(guarantee: Any) -> Guarantee:
+    """Raises ValueError naming it."""
+    if guarantee not in ("measured", "bounded"):
+        raise ValueError(f'guarantee is {guarantee!r}, must be "measured" or "bounded"')
+    known: Guarantee = guarantee
+    return known
+
+
 def make_options(
     error: Any,
     is_causal: Any,
@@ -98,11 +120,10 @@ def make_options(
     window: Any,
     sinks: Any,
     kernel: Any,
+    guarantee: Any = "measured",
 ) -> CallOptions:
     """Raises TypeError or ValueError, naming the argument of `adaattn.attention`."""
-    error = _number("error", error)
-    if not 0 <= error < math.inf:
-        raise ValueError(f"error is {error}, must be a finite number >= 0 (0 is exact)")
+    error = checked_error(error)
     if scale is not None:
         scale = _number("scale", scale)
         if not math.isfinite(scale):
@@ -122,5 +143,6 @@ def make_options(
         window_left=left,
         window_right=right,
         sinks=_count("sinks", sinks),
+        bounded=checked_guarantee(guarantee) == "bounded",
         kernel=kernel,
     )

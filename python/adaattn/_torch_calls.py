@@ -13,15 +13,34 @@ from adaattn._arrays import View, packed
 from adaattn._options import CallOptions
 from adaattn._shapes import check_heads, check_output_size
 from adaattn._torch_arrays import key_lengths_address, view
+from adaattn.plan import Plan
 
 
 def attention(
-    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, statistics: bool, options: CallOptions
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
 ) -> tuple[Tensor, ...]:
-    """(out, lse), or (out, lse, entropy, max_probability, heads) if statistics are wanted; heads: raw reports."""
+    """(out, lse)."""
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
-    op = torch_op.forward_statistics_op if statistics else torch_op.forward_op
-    results: tuple[Tensor, ...] = torch_op.call(op, q, k, v, attn_mask, key_lengths, *options)
+    results: tuple[Tensor, ...] = torch_op.call(torch_op.forward_op, q, k, v, attn_mask, key_lengths, *options)
+    return results
+
+
+def attention_reported(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    key_lengths: Any,
+    enable_gqa: bool,
+    options: CallOptions,
+    plan: Plan | None,
+    statistics: bool,
+) -> tuple[Tensor, ...]:
+    """(out, lse, heads, times), and (entropy, max_probability) if statistics are wanted; heads: raw reports."""
+    attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
+    plans = None if plan is None else torch.from_numpy(plan.words(q.shape[0], q.shape[1]))
+    op = torch_op.forward_statistics_op if statistics else torch_op.forward_reported_op
+    results: tuple[Tensor, ...] = torch_op.call(op, q, k, v, attn_mask, key_lengths, *options, plans)
     return results
 
 

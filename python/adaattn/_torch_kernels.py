@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -10,18 +11,26 @@ import torch
 from torch import Tensor
 
 from adaattn import _calls, _torch_arrays
-from adaattn._library import HEAD_REPORT_WORDS
+from adaattn._library import HEAD_REPORT_WORDS, STAGES
 from adaattn._options import CallOptions
 from adaattn._torch_arrays import empty_in_order_of, empty_rows, view
+from adaattn.plan import PLAN_WORDS
 
 
 def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_lengths: Tensor | None, options: Any, statistics: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    options: Any,
+    make_results: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    plans: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     views = view("q", q, q), view("k", k, q), view("v", v, q)
     mask_view = None if mask is None else view("attn_mask", mask, q, is_mask=True)
-    results = forward_results(q, v, statistics)
-    lse, entropy, max_probability, heads = (*(part.data_ptr() for part in results[1:]), 0, 0, 0)[:4]
+    results = make_results(q, v)
+    lse, heads, times, entropy, max_probability = (*(part.data_ptr() for part in results[1:]), 0, 0, 0, 0)[:5]
     with _torch_arrays.device_of(q):
         _calls.forward(
             *views,
@@ -34,28 +43,56 @@ def _run_forward(
             options,
             _torch_arrays.execution_on(q),
             heads,
+            0 if plans is None else _checked_plans(plans, q).data_ptr(),
+            times,
         )
     return results
 
 
-def forward_results(q: Tensor, v: Tensor, statistics: bool) -> tuple[Tensor, ...]:
-    out = empty_in_order_of(q, v.shape[3])
-    if statistics:
-        heads = torch.empty((*q.shape[:2], HEAD_REPORT_WORDS), dtype=torch.int64)  # in host memory in any case
-        return out, empty_rows(q), empty_rows(q), empty_rows(q), heads
-    return out, empty_rows(q)
+def forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """(out, lse)."""
+    return empty_in_order_of(q, v.shape[3]), empty_rows(q)
+
+
+def forward_reported_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """(out, lse, heads, times), the last two in host memory in any case."""
+    heads = torch.zeros((*q.shape[:2], HEAD_REPORT_WORDS), dtype=torch.int64)
+    return *forward_results(q, v), heads, torch.zeros(STAGES, dtype=torch.float64)
+
+
+def forward_statistics_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """(out, lse, heads, times, entropy, max_probability)."""
+    return *forward_reported_results(q, v), empty_rows(q), empty_rows(q)
+
+
+def _checked_plans(plans: Tensor, q: Tensor) -> Tensor:
+    want = (*q.shape[:2], PLAN_WORDS)
+    if plans.dtype != torch.int32 or tuple(plans.shape) != want or not plans.is_cpu or not plans.is_contiguous():
+        raise ValueError(
+            f"plans is {tuple(plans.shape)} {plans.dtype} on {plans.device}, must be contiguous {want} torch.int32 on "
+            "cpu: the C structs of adaattn.Plan"
+        )
+    return plans
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    return _run_forward(q, k, v, attn_mask, key_lengths, options, statistics=False)
+    return _run_forward(q, k, v, attn_mask, key_lengths, options, forward_results)
+
+
+def forward_reported(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options_and_plans: Any
+) -> tuple[Tensor, ...]:
+    *options, plans = options_and_plans
+    return _run_forward(q, k, v, attn_mask, key_lengths, options, forward_reported_results, plans)
 
 
 def forward_statistics(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options_and_plans: Any
 ) -> tuple[Tensor, ...]:
-    return _run_forward(q, k, v, attn_mask, key_lengths, options, statistics=True)
+    *options, plans = options_and_plans
+    return _run_forward(q, k, v, attn_mask, key_lengths, options, forward_statistics_results, plans)
 
 
 def backward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -12,8 +13,9 @@ import numpy as np
 
 from adaattn import _numpy_calls, _options
 from adaattn._calls import describe as _describe_library
-from adaattn._options import Alignment, CallOptions, Window
-from adaattn.metrics import HeadReports, Metrics
+from adaattn._options import Alignment, CallOptions, Guarantee, Window
+from adaattn.metrics import HeadReports, Metrics, average_rank, stage_seconds
+from adaattn.plan import Plan, checked_plan
 
 
 def attention(
@@ -22,6 +24,8 @@ def attention(
     v: Any,
     *,
     error: float = 0.0,
+    guarantee: Guarantee = "measured",
+    plan: Plan | None = None,
     is_causal: bool = False,
     attn_mask: Any = None,
     scale: float | None = None,
@@ -47,6 +51,11 @@ def attention(
             to its dtype, >= 0. 0 asks for exact attention. On CPUs, long sequences without a mask use it: each head's
             error is measured on evenly spaced rows, and a head that is over its budget runs again. Exact kernels meet
             every budget and run in all other cases, gradients included; the metrics say so.
+        guarantee: What the budget promises. "measured": each head's error is estimated from rows that are computed
+            exactly, too. "bounded": every tile is scored, and an upper bound on each head's error is kept below the
+            budget, which leaves less to save.
+        plan: What each head starts with, for example another call's `metrics.heads.plan`; it is judged as the engine's
+            own, and heads over budget run again. None: the engine plans. Not with error=0.
         is_causal: Hide every key after the diagonal. As in torch, not together with attn_mask.
         attn_mask: 1 to 4 dimensions, broadcastable to (B, Hq, Nq, Nk). Bool: True shows the key. Float32 or the dtype
             of q: added to the scaled scores. It gets no gradient; one that requires it is refused.
@@ -71,26 +80,73 @@ def attention(
         TypeError, ValueError: an argument is malformed or two do not fit together; the message names it.
         NotImplementedError: well-formed, but no kernel takes it; the message has each kernel's reasons.
     """
-    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel)
+    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
+    if plan is None and not return_metrics:
+        _refuse_both(is_causal, attn_mask)
+        calls = _calls_for(q)
+        gqa = _options.flag("enable_gqa", enable_gqa)
+        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, calls.effective(options, q, k, v))
+        return (out, lse) if return_lse else out
+    result, _, _ = attention_reported(
+        q,
+        k,
+        v,
+        error=error,
+        guarantee=guarantee,
+        plan=plan,
+        is_causal=is_causal,
+        attn_mask=attn_mask,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+        return_metrics=return_metrics,
+        alignment=alignment,
+        window=window,
+        sinks=sinks,
+        key_lengths=key_lengths,
+        kernel=kernel,
+    )
+    return result
+
+
+def attention_reported(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    error: float = 0.0,
+    guarantee: Guarantee = "measured",
+    plan: Plan | None = None,
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    return_metrics: bool = False,
+    alignment: Alignment = "top_left",
+    window: Window | None = None,
+    sinks: int = 0,
+    key_lengths: Any = None,
+    kernel: str | None = None,
+) -> tuple[Any, HeadReports, dict[str, float]]:
+    """(what attention() returns, the report by head, seconds by stage); Metrics, which cost more, only if asked for."""
+    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
     _refuse_both(is_causal, attn_mask)
     calls = _calls_for(q)
     gqa = _options.flag("enable_gqa", enable_gqa)
+    plan = checked_plan(plan, options.error)
     asked, options = options, calls.effective(options, q, k, v)
-    if not return_metrics:
-        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)
-        return (out, lse) if return_lse else out
-    try:
-        facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options))
-    except NotImplementedError:  # perhaps only because of the statistics
-        facts = json.loads(calls.describe(q, k, v, attn_mask, gqa, False, options))
-        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, False, options)
-        statistics: tuple[Any, Any] | None = None
-        heads: HeadReports | None = None
-    else:
-        out, lse, *rows, words = calls.attention(q, k, v, attn_mask, key_lengths, gqa, True, options)
-        statistics, heads = (rows[0], rows[1]), HeadReports.from_words(words)
-    metrics = _metrics(facts, q, k, statistics, heads, asked, options)
-    return (out, lse, metrics) if return_lse else (out, metrics)
+    if options.error == 0:
+        plan = None
+    facts, statistics = _facts(calls, q, k, v, attn_mask, gqa, options) if return_metrics else ({}, False)
+    out, lse, words, times, *rows = calls.attention_reported(
+        q, k, v, attn_mask, key_lengths, gqa, options, plan, statistics
+    )
+    heads, seconds = HeadReports.from_words(words), stage_seconds(times)
+    result = (out, lse) if return_lse else (out,)
+    if return_metrics:
+        result = (*result, _metrics(facts, q, k, rows, heads, seconds, asked, options))
+    return result[0] if len(result) == 1 else result, heads, seconds
 
 
 def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
@@ -186,6 +242,7 @@ def describe(
     v: Any = None,
     *,
     error: float = 0.0,
+    guarantee: Guarantee = "measured",
     is_causal: bool = False,
     attn_mask: Any = None,
     scale: float | None = None,
@@ -207,7 +264,7 @@ def describe(
     Raises:
         As `attention`; NotImplementedError if no kernel takes the call.
     """
-    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel)
+    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
     _refuse_both(is_causal, attn_mask)
     if q is None and k is None and v is None:
         text = _describe_library(None, False, CallOptions())
@@ -240,28 +297,51 @@ def _metrics(
     facts: dict[str, Any],
     q: Any,
     k: Any,
-    statistics: tuple[Any, Any] | None,
-    heads: HeadReports | None,
+    rows: Sequence[Any],
+    heads: HeadReports,
+    seconds: dict[str, float],
     asked: CallOptions,
     options: CallOptions,
 ) -> Metrics:
-    b, h, nq, _ = q.shape
-    entropy, max_probability = (None, None) if statistics is None else map(_row_mean, statistics)
-    chosen = next(kernel for kernel in facts["kernels"] if kernel["name"] == facts["chosen"])
-    precision = "float64" if chosen["name"] == "reference_fp64" else "float32"
-    if chosen["device"] == "cuda":  # matrix units multiply in the inputs' dtype
-        precision = str(q.dtype).removeprefix("torch.")
+    b, h, nq, dim = q.shape
+    nk = k.shape[2]
+    entropy, max_probability = map(_row_mean, rows) if rows else (None, None)
     return Metrics(
-        kernel=chosen["name"],
-        form="dense" if heads is None else heads.form,
-        compute_precision=precision,
+        kernel=facts["chosen"],
+        form=heads.form,
+        compute_precision=_precision(facts, q, heads),
         error_budget=asked.error,
+        guarantee=asked.guarantee,
         entropy=entropy,
         max_probability=max_probability,
-        memory_saved_gb=b * h * nq * k.shape[2] * q.dtype.itemsize / 1e9,
+        avg_rank=average_rank(heads, b * h, min(dim, nq, nk)),
+        work=float(heads.work.mean()) if b * h else math.nan,
+        memory_saved_gb=b * h * nq * nk * q.dtype.itemsize / 1e9,
+        seconds=seconds,
         heads=heads,
-        fallback=_fallback(facts, statistics is not None, asked, options),
+        fallback=_fallback(facts, bool(rows), asked, options),
     )
+
+
+def _precision(facts: dict[str, Any], q: Any, heads: HeadReports) -> str:
+    chosen = next(kernel for kernel in facts["kernels"] if kernel["name"] == facts["chosen"])
+    if chosen["name"] == _REFERENCE:
+        return "float64"
+    if chosen["name"].endswith(_ADAPTIVE) and heads.precisions:
+        return "+".join(heads.precisions)
+    if chosen["device"] == "cuda":  # matrix units multiply in the inputs' dtype
+        return str(q.dtype).removeprefix("torch.")
+    return "float32"
+
+
+def _facts(
+    calls: ModuleType, q: Any, k: Any, v: Any, attn_mask: Any, gqa: bool, options: CallOptions
+) -> tuple[dict[str, Any], bool]:
+    """What the table says about the call, and whether a kernel takes it with statistics."""
+    try:
+        return json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options)), True
+    except NotImplementedError:  # perhaps only because of the statistics
+        return json.loads(calls.describe(q, k, v, attn_mask, gqa, False, options)), False
 
 
 def _row_mean(rows: Any) -> Any:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from adaattn import hooks
-from adaattn._checks import SUPPORTED_DTYPES, checked_error
+from adaattn._checks import SUPPORTED_DTYPES, Budget
 from adaattn._fallbacks import calls
+from adaattn._options import Guarantee, checked_error, checked_guarantee
 from adaattn.functional import attention
+from adaattn.policy import Policy, checked_policy
 
 IMPLEMENTATION = "adaattn"
 
-_error_budget: float | None = None
+
+class _Settings(NamedTuple):
+    """What register_transformers() was given; None: that of enable()."""
+
+    error: float | None = None
+    guarantee: Guarantee | None = None
+    policy: Policy | None = None
 
 
-def register_transformers(error: float | None = None) -> None:
+_settings = _Settings()
+
+
+def register_transformers(
+    error: float | None = None, *, guarantee: Guarantee | None = None, policy: Policy | None = None
+) -> None:
     """Makes "adaattn" an attention implementation of transformers, for models loaded before or after.
 
     Then AutoModel.from_pretrained(..., attn_implementation="adaattn") and model.set_attn_implementation("adaattn")
@@ -28,17 +44,22 @@ def register_transformers(error: float | None = None) -> None:
     Args:
         error: The budget of such models' calls from now on, see adaattn.attention. None leaves it as it is: at first
             that of adaattn.enable() while enabled, else 0, exact. A config's own attribute adaattn_error goes first.
+        guarantee: What the budget promises, likewise; at first "measured". A config's adaattn_guarantee goes first.
+        policy: Learns over calls how careful each head of each attention module has to be, likewise; at first none.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError, TypeError: error is negative, not finite or not a number.
+        ValueError, TypeError: error is negative, not finite or not a number; guarantee or policy is none.
     """
-    global _error_budget
+    global _settings
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if error is not None:
-        _error_budget = checked_error(error)
+    _settings = _Settings(
+        _settings.error if error is None else checked_error(error),
+        _settings.guarantee if guarantee is None else checked_guarantee(guarantee),
+        _settings.policy if policy is None else checked_policy(policy),
+    )
     AttentionInterface.register(IMPLEMENTATION, adaattn_attention_forward)
     # Without a mask function of the same name transformers passes no mask at all, and padding would be attended to.
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
@@ -64,11 +85,14 @@ def adaattn_attention_forward(
     reason = _why_not(query, attention_mask, dropout, kwargs)
     if reason is None:
         try:
-            out = attention(
+            budget = _budget(module)
+            attend = attention if budget.policy is None else partial(budget.policy.attention, module)
+            out = attend(
                 query,
                 key,
                 value,
-                error=_budget(module),
+                error=budget.error,
+                guarantee=budget.guarantee,
                 is_causal=causal,
                 attn_mask=attention_mask,
                 scale=scaling,
@@ -90,12 +114,28 @@ def adaattn_attention_forward(
     return result
 
 
-def _budget(module: torch.nn.Module) -> float:
-    of_model: float | None = getattr(getattr(module, "config", None), "adaattn_error", None)
-    for budget in (of_model, _error_budget):
-        if budget is not None:
-            return budget
-    return hooks.current_error()
+@contextmanager
+def policy_in_use(policy: Policy | None) -> Iterator[None]:
+    """The policy of all models for the length of a block, None for that of enable()."""
+    global _settings
+    outer = _settings.policy
+    _settings = _settings._replace(policy=policy)
+    try:
+        yield
+    finally:
+        _settings = _settings._replace(policy=outer)
+
+
+def _budget(module: torch.nn.Module) -> Budget:
+    """The config's own attributes first, then register_transformers(), then enable()."""
+    config, last = getattr(module, "config", None), hooks.current_budget()
+    candidates = zip(
+        (getattr(config, "adaattn_error", None), getattr(config, "adaattn_guarantee", None), None),
+        _settings,
+        last,
+        strict=True,
+    )
+    return Budget(*(next((x for x in each if x is not None), None) for each in candidates))  # type: ignore[arg-type]
 
 
 def _is_causal(

@@ -11,13 +11,17 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.library import Library
 
-from adaattn._checks import SUPPORTED_DTYPES, checked_error
+from adaattn._checks import SUPPORTED_DTYPES, Budget, checked_budget
 from adaattn._fallbacks import HookStatistics, calls
+from adaattn._layers import LayerTracker
+from adaattn._options import Guarantee
 from adaattn.functional import attention
+from adaattn.policy import Policy, PolicyMismatchError
 
 IMPLEMENTATION = "adaattn"
 """The name under torch.nn.attention.activate_flash_attention_impl."""
@@ -28,7 +32,8 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _DISPATCH_KEYS = ("AutogradCPU", "AutogradCUDA", "CPU", "CUDA")
 
 _lock = threading.RLock()
-_error_budget = 0.0
+_budget = Budget()
+_layers = LayerTracker()
 _active: _Registration | None = None
 _replaced_implementation: str | None = None
 
@@ -58,7 +63,7 @@ class _Registration:
                 _active = None
 
 
-def enable(error: float = 0.0) -> None:
+def enable(error: float = 0.0, *, guarantee: Guarantee = "measured", policy: Policy | None = None) -> None:
     """Sends every scaled_dot_product_attention call of this process, forward and backward, through AdaAttn.
 
     Calls that AdaAttn cannot take (dropout, a mask that needs a gradient, float64, torch.func transforms, ...) go to
@@ -70,14 +75,18 @@ def enable(error: float = 0.0) -> None:
 
     Args:
         error: The budget of each call, see adaattn.attention; 0 is exact.
+        guarantee: What the budget promises, see adaattn.attention.
+        policy: Learns over calls how careful each head of each layer has to be. A layer is the innermost torch module
+            whose forward makes the call; global module hooks find it, about a microsecond per module call, and are off
+            without a policy. Calls outside of all modules and in compiled code are planned by the engine every time.
 
     Raises:
-        ValueError, TypeError: error is negative, not finite or not a number.
+        ValueError, TypeError: error is negative, not finite or not a number; guarantee or policy is none.
     """
-    global _error_budget, _replaced_implementation
-    budget = checked_error(error)
+    global _replaced_implementation
+    budget = checked_budget(error, guarantee, policy)
     with _lock:
-        _error_budget = budget
+        _set_budget(budget)
         if _active is None:
             _replaced_implementation = _activate()
     if "transformers" in sys.modules:
@@ -103,24 +112,24 @@ def disable() -> None:
             return
         _deactivate(_active, _replaced_implementation)
         _replaced_implementation = None
+        _layers.stop()
 
 
 @contextlib.contextmanager
-def enabled(error: float = 0.0) -> Iterator[None]:
-    """enable(error) for the length of a with block, then what was before it: off, or on with another budget. It nests.
+def enabled(error: float = 0.0, *, guarantee: Guarantee = "measured", policy: Policy | None = None) -> Iterator[None]:
+    """enable(...) for the length of a with block, then what was before it: off, or on with another budget. It nests.
 
     The hook is the process's, not the thread's: calls from other threads are routed, too; see disable() for when it may
     go on and off.
     """
-    global _error_budget
     with _lock:
-        was_enabled, outer_budget = is_enabled(), _error_budget
-        enable(error)
+        was_enabled, outer_budget = is_enabled(), _budget
+        enable(error, guarantee=guarantee, policy=policy)
     try:
         yield
     finally:
         with _lock:
-            _error_budget = outer_budget
+            _set_budget(outer_budget)
             if not was_enabled:
                 disable()
 
@@ -130,9 +139,23 @@ def is_enabled() -> bool:
     return _active is not None
 
 
+def current_budget() -> Budget:
+    """That of enable() while enabled, else exact."""
+    return _budget if is_enabled() else Budget()
+
+
 def current_error() -> float:
     """The budget of enable() while enabled, else 0."""
-    return _error_budget if is_enabled() else 0.0
+    return current_budget().error
+
+
+def _set_budget(budget: Budget) -> None:
+    global _budget
+    _budget = budget
+    if budget.policy is None:
+        _layers.stop()
+    else:
+        _layers.start()
 
 
 def hook_statistics(*, reset: bool = False) -> HookStatistics:
@@ -172,10 +195,23 @@ def _route(
     reason = why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if reason is None:
         q, k, v, mask = (_to_4d(tensor) for tensor in (query, key, value, attn_mask))
+        budget = _budget
+        layer = None if budget.policy is None else _layers.current
+        attend = attention if budget.policy is None or layer is None else partial(budget.policy.attention, layer)
         try:
-            out: torch.Tensor = attention(
-                q, k, v, error=_error_budget, is_causal=is_causal, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            out: torch.Tensor = attend(
+                q,
+                k,
+                v,
+                error=budget.error,
+                guarantee=budget.guarantee,
+                is_causal=is_causal,
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
+        except PolicyMismatchError:
+            raise
         except (NotImplementedError, ValueError, TypeError) as refusal:  # the last word on what a kernel takes
             reason = str(refusal)
         else:

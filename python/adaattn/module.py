@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adaattn._checks import SUPPORTED_DTYPES, checked_error
+from adaattn._checks import SUPPORTED_DTYPES, checked_budget
 from adaattn._mha_masks import additive, causal_mask, merge_masks, softmax_weights
+from adaattn._options import Guarantee
 from adaattn.functional import attention
 from adaattn.metrics import Metrics
+from adaattn.policy import Policy
 
 
 class _Call(NamedTuple):
@@ -46,11 +49,13 @@ class AdaptiveAttention(nn.MultiheadAttention):
             for. With both off it is not passed on, and every call is exact.
         error: The budget: relative Frobenius error of each (batch, head) output before the output projection, >= 0;
             0 is exact.
+        guarantee: What the budget promises, "measured" or "bounded", see adaattn.attention.
+        policy: Learns over calls how careful each head has to be. Several layers may share one.
 
     Raises:
-        ValueError: num_heads does not divide embed_dim, a size is not positive, dropout is outside [0, 1], or error is
-            negative or not finite.
-        TypeError: error is not a number.
+        ValueError: num_heads does not divide embed_dim, a size is not positive, dropout is outside [0, 1], error is
+            negative or not finite, or guarantee is none.
+        TypeError: error is not a number, or policy is none.
 
     What no kernel does is done exactly by nn.MultiheadAttention itself, and metrics.fallback says why: dropout while
     training, a floating-point attn_mask that needs a gradient, float64, or a head size that every kernel declines.
@@ -79,6 +84,8 @@ class AdaptiveAttention(nn.MultiheadAttention):
         enable_adaptive_rank: bool = True,
         enable_adaptive_precision: bool = True,
         error: float = 0.0,
+        guarantee: Guarantee = "measured",
+        policy: Policy | None = None,
     ) -> None:
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             if size is not None and size <= 0:
@@ -92,13 +99,13 @@ class AdaptiveAttention(nn.MultiheadAttention):
         )
         self.enable_adaptive_rank = enable_adaptive_rank
         self.enable_adaptive_precision = enable_adaptive_precision
-        self.error = checked_error(error)
+        self.error, self.guarantee, self.policy = checked_budget(error, guarantee, policy)
         # nn.TransformerEncoderLayer's inference path reads the weights and never calls forward, unless there is a hook.
         self.register_forward_hook(_keep_off_the_fast_path)
 
     def extra_repr(self) -> str:
         return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, error={self.error}, "
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, error={self.error}, guarantee={self.guarantee}, "
             f"enable_adaptive_rank={self.enable_adaptive_rank}, "
             f"enable_adaptive_precision={self.enable_adaptive_precision}"
         )
@@ -171,12 +178,14 @@ class AdaptiveAttention(nn.MultiheadAttention):
         )
         reason = self._why_not(q, call)
         if reason is None:
+            attend = attention if self.policy is None else partial(self.policy.attention, self)
             try:
-                attended = attention(
+                attended = attend(
                     q,
                     k,
                     v,
                     error=self._budget(),
+                    guarantee=self.guarantee,
                     is_causal=call.is_causal and mask is None,
                     # attention() takes is_causal or a mask; a window that ends at the diagonal goes with both.
                     window=(None, 0) if call.is_causal and mask is not None else None,
@@ -270,9 +279,13 @@ class AdaptiveAttention(nn.MultiheadAttention):
             form="dense",
             compute_precision=str(q.dtype).removeprefix("torch."),
             error_budget=self._budget(),
+            guarantee=self.guarantee,
             entropy=torch.special.entr(p).sum(-1).mean(-1).float(),
             max_probability=p.amax(-1).mean(-1).float(),
+            avg_rank=float(min(q.shape[-1], q.shape[-2], k.shape[-2])),
+            work=1.0,
             memory_saved_gb=0.0,
+            seconds=None,
             heads=None,
             fallback=reason,
         )

@@ -1,4 +1,5 @@
-"""The torch operators adaattn::forward, forward_statistics, backward and merge, and their autograd and autocast.
+"""The torch operators adaattn::forward, forward_reported, forward_statistics, backward and merge, their autograd and
+autocast.
 
 Importing this module registers them once. `adaattn.attention` and `adaattn.merge` are the way to call them, except for
 torch.ops.adaattn.backward(dout, q, k, v, attn_mask, key_lengths, out, lse, *options) -> (dq, dk, dv), which takes any
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from adaattn._options import CallOptions
 from adaattn._torch_kernels import (
     backward,
     backward_kernels,
     forward,
+    forward_reported,
+    forward_reported_results,
     forward_results,
     forward_statistics,
+    forward_statistics_results,
     gradients_like,
     merge_cpu,
     merge_cuda,
@@ -35,28 +40,37 @@ _transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? key_lengths"
 _OPTIONS = (
     "float error, float? scale, bool causal, bool bottom_right, int window_left, int window_right, int sinks, "
-    "str? kernel"
+    "bool bounded, str? kernel"
 )
+_OPTION_COUNT = len(CallOptions._fields)
+_REPORTS = "Tensor heads, Tensor times"
 
 _library: Any = torch.library  # untyped
 _unpack_dual: Any = forward_ad.unpack_dual
 _lib = _library.Library("adaattn", "DEF")
 for _schema in (
     f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    f"forward_statistics({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor entropy, "
-    "Tensor max_probability, Tensor heads)",
+    f"forward_reported({_INPUTS}, {_OPTIONS}, Tensor? plans) -> (Tensor out, Tensor lse, {_REPORTS})",
+    f"forward_statistics({_INPUTS}, {_OPTIONS}, Tensor? plans) -> (Tensor out, Tensor lse, {_REPORTS}, "
+    "Tensor entropy, Tensor max_probability)",
     f"backward(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 forward_op = torch.ops.adaattn.forward.default
+forward_reported_op = torch.ops.adaattn.forward_reported.default
 forward_statistics_op = torch.ops.adaattn.forward_statistics.default
 backward_op = torch.ops.adaattn.backward.default
 merge_op = torch.ops.adaattn.merge.default
 
 
-for _name, _kernel in (("forward", forward), ("forward_statistics", forward_statistics), ("backward", backward)):
+for _name, _kernel in (
+    ("forward", forward),
+    ("forward_reported", forward_reported),
+    ("forward_statistics", forward_statistics),
+    ("backward", backward),
+):
     _lib.impl(_name, _kernel, "CPU")
     _lib.impl(_name, _kernel, "CUDA")
 _lib.impl("merge", merge_cpu, "CPU")
@@ -64,11 +78,15 @@ _lib.impl("merge", merge_cuda, "CUDA")
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return forward_results(q, v, statistics=False)
+    return forward_results(q, v)
+
+
+def _forward_reported_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return forward_reported_results(q, v)
 
 
 def _forward_statistics_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return forward_results(q, v, statistics=True)
+    return forward_statistics_results(q, v)
 
 
 def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -77,6 +95,7 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 for _name, _fake in (
     ("adaattn::forward", _forward_fake),
+    ("adaattn::forward_reported", _forward_reported_fake),
     ("adaattn::forward_statistics", _forward_statistics_fake),
     ("adaattn::backward", _backward_fake),
     ("adaattn::merge", merge_results),
@@ -89,11 +108,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         raise NotImplementedError(
             "attn_mask requires grad, but gets no gradient: detach it, or use PyTorch's attention"
         )
-    q, k, v, attn_mask, key_lengths, *options = inputs
+    q, k, v, attn_mask, key_lengths, *rest = inputs
     if any(ctx.needs_input_grad[:3]):
         refuse_without_backward("cuda" if q.is_cuda else "cpu")
     ctx.save_for_backward(q, k, v, attn_mask, key_lengths, *output[:2])
-    ctx.options = options
+    ctx.options = rest[:_OPTION_COUNT]
+    ctx.undifferentiated = 2 + len(rest)  # inputs after q, k and v
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -110,7 +130,7 @@ def refuse_without_backward(device: str) -> None:
 def _differentiate(
     ctx: Any, dout: Tensor | None, *_: Any, run: Callable[..., Any] = backward_op
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * (2 + len(ctx.options))
+    none = (None,) * ctx.undifferentiated
     if dout is None:
         return None, None, None, *none
     gradients = run(dout, *ctx.saved_tensors, *ctx.options)
@@ -131,7 +151,7 @@ def _refuse_merge_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     )
 
 
-for _name in ("adaattn::forward", "adaattn::forward_statistics"):
+for _name in ("adaattn::forward", "adaattn::forward_reported", "adaattn::forward_statistics"):
     _library.register_autograd(_name, _differentiate, setup_context=_save, lib=_lib)
 _library.register_autograd("adaattn::backward", _refuse_double_backward, lib=_lib)
 _library.register_autograd("adaattn::merge", _refuse_double_backward, setup_context=_refuse_merge_gradient, lib=_lib)
@@ -225,6 +245,6 @@ def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-for _op in (forward_op, forward_statistics_op):
+for _op in (forward_op, forward_reported_op, forward_statistics_op):
     for _device in ("cpu", "cuda"):
         _register_autocast(_op, _device)

@@ -168,7 +168,7 @@ def test_keys_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     logits(model, "adaattn", **batch())
     model.config.adaattn_error = 0.3
     logits(model, "adaattn", **batch())
-    monkeypatch.setattr(hf, "_error_budget", None)
+    monkeypatch.setattr(hf, "_settings", hf._Settings())
     assert [shape[3] for shape in shapes[2::2]] == [0.1, 0.2, 0.3]
 
 
