@@ -220,6 +220,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("cases")
     group.add_argument("--gpt8k", type=Path, metavar="DIR", help="folder of the gpt8k model; without it, no such heads")
     group.add_argument("--cache", type=Path, metavar="DIR", required=True, help="folder for heads and true outputs")
+    group.add_argument("--text", type=Path, metavar="FILE", help="text for the other models (a novel in the package)")
     group.add_argument("--texts", type=int, default=2, help="texts to take heads of models from (%(default)s)")
     group.add_argument("--data", nargs="+", metavar="NAME", help="only data sets whose name starts so")
     group.add_argument("--only", metavar="PART", help="only cases with this in their name")
@@ -232,7 +233,7 @@ def chosen(options: Namespace) -> list[Case]:
     def wanted(name: str) -> bool:
         return not options.data or any(name.startswith(start) for start in options.data)
 
-    cases = list(real_heads.cases(options.gpt8k, options.cache, options.texts, wanted))
+    cases = list(real_heads.cases(options.gpt8k, options.text, options.cache, options.texts, wanted))
     cases += [case for case in [*synthetic(USUAL), *synthetic(HOSTILE, "hostile/")] if wanted(case.data)]
     cases = [case for case in cases if not options.only or options.only in case.name]
     if not cases:

