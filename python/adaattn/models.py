@@ -54,6 +54,26 @@ def load_smollm2(device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]
     return model.to(device).eval(), tokenizer
 
 
+def load_directory(path: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a transformers model on disk, in eval mode and float32 on the CPU; nothing is downloaded.
+
+    Raises MissingModelError for a missing package, ValueError or OSError for a folder that is no model.
+    """
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingModelError(f"reading {path} needs {', '.join(missing)}: pip install 'adaattn[transformers]'")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json, must be the folder of a transformers model")
+    import torch
+    import transformers
+
+    with _quiet(transformers), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = transformers.AutoModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return model.eval(), tokenizer
+
+
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Any:
     """Without the progress bars and notices of the loader."""
