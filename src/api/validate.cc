@@ -191,12 +191,17 @@ void validate(const adaattn_backward_args& args, Need need) {
   check_tensor("out", args.out, need);
   check_like("out", args.out, q);
   check_shape("out", args.out, out, "[B, Hq, Nq, Dv]");
+  if ((args.plans == nullptr) != (args.tile_classes == nullptr))
+    refuse(args.plans == nullptr ? "plans" : "tile_classes", " is NULL, but ",
+           args.plans == nullptr ? "tile_classes" : "plans",
+           " is not: the gradient of a forward pass within a budget needs both");
   check_output("dq", args.dq, q, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "that of q", need);
   check_output("dk", args.dk, q, {k.shape[0], k.shape[1], k.shape[2], k.shape[3]}, "that of k", need);
   check_output("dv", args.dv, q, {v.shape[0], v.shape[1], v.shape[2], v.shape[3]}, "that of v", need);
   if (need == Need::kShapesOnly) return;
   if (args.lse == nullptr && out[0] * out[1] * out[2] != 0) refuse("lse is NULL, must be [B, Hq, Nq] float32");
   check_array("lse", args.lse, 4);
+  check_array("plans", args.plans, alignof(adaattn_head_plan));
 }
 
 void validate(const adaattn_merge_args& args) {

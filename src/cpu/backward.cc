@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "cpu/backward_plan.h"
+#include "cpu/gradient-inl.h"
 #include "cpu/mask_terms-inl.h"
 #include "cpu/online_softmax-inl.h"
 #include "cpu/panel_mask.h"
@@ -26,48 +27,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace adaattn::cpu {
 namespace HWY_NAMESPACE {
-
-// dS = P (dP - delta), straight from the registers that hold dP.
-struct StoreScoreGradient {
-  const float* p;
-  float* ds;
-  std::size_t ld;
-  Pair delta;
-  HWY_INLINE StoreScoreGradient at(std::size_t row) const { return {p + row * ld, ds + row * ld, ld, delta}; }
-  HWY_INLINE void operator()(std::size_t row, FloatVector low, FloatVector high) const {
-    const Pair probability = load_pair(p + row * ld);
-    store_pair(
-        {hn::Mul(probability.low, hn::Sub(low, delta.low)), hn::Mul(probability.high, hn::Sub(high, delta.high))},
-        ds + row * ld);
-  }
-};
-
-// p[key][lane] = 2^(score * log2(e) - reference); exactly 0 where a masked score is -inf.
-template <bool kMasked>
-HWY_INLINE void recompute_probabilities(const float* scores, std::size_t keys, Pair reference, float* p,
-                                        std::size_t ld) {
-  const FloatTag d;
-  const FloatVector log2e = hn::Set(d, kLog2E), hidden = hn::Set(d, kNegativeInfinity);
-  for (std::size_t key = 0; key < keys; ++key) {
-    const Pair score = load_pair(scores + key * kPanelLanes);
-    Pair value = {exp2_near_zero(hn::MulSub(score.low, log2e, reference.low)),
-                  exp2_near_zero(hn::MulSub(score.high, log2e, reference.high))};
-    if constexpr (kMasked)
-      value = {hn::IfThenZeroElse(hn::Eq(score.low, hidden), value.low),
-               hn::IfThenZeroElse(hn::Eq(score.high, hidden), value.high)};
-    store_pair(value, p + key * ld);
-  }
-}
-
-// C[rows][width] += A B, where B is [depth][width].
-template <ALayout kLayout>
-HWY_INLINE void add_product(std::size_t rows, const float* a, std::size_t lda, const FloatRows& b, std::size_t depth,
-                            float* c, std::size_t width) {
-  for (std::size_t lane = 0; lane < width; lane += kPanelLanes) {
-    StoreRows<true> add{c + lane, width};
-    panel_gemm<kLayout>(rows, a, lda, b.data + lane, b.ld, depth, add);
-  }
-}
 
 struct KeyTileGradient {
   std::int64_t first, end;
@@ -215,6 +174,15 @@ HWY_EXPORT(prepare_row);
 HWY_EXPORT(backward_task);
 HWY_EXPORT(finish_row);
 
+void prepare_gradient_row(const BackwardPlan& plan, std::int64_t row, const BackwardArrays& arrays,
+                          const BackwardScratch& scratch) {
+  HWY_DYNAMIC_DISPATCH(prepare_row)(plan, row, arrays, scratch);
+}
+
+void finish_gradient_row(const BackwardPlan& plan, std::int64_t row, const BackwardArrays& arrays) {
+  HWY_DYNAMIC_DISPATCH(finish_row)(plan, row, arrays);
+}
+
 std::size_t backward_workspace(const adaattn_backward_args& args) {
   const int threads = thread_count(args.options.num_threads);
   const BackwardPlan plan = make_backward_plan(args, threads);
@@ -234,12 +202,12 @@ void backward(const adaattn_backward_args& args) {
     BackwardScratch mine{};
     for (int thread = 0; thread <= omp_get_thread_num(); ++thread) mine = lay_out_thread(plan, scratch);
 #pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < plan.rows; ++row) HWY_DYNAMIC_DISPATCH(prepare_row)(plan, row, arrays, mine);
+    for (std::int64_t row = 0; row < plan.rows; ++row) prepare_gradient_row(plan, row, arrays, mine);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t task = 0; task < plan.tasks; ++task)
       HWY_DYNAMIC_DISPATCH(backward_task)(plan, task, arrays, mine);
 #pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < plan.rows; ++row) HWY_DYNAMIC_DISPATCH(finish_row)(plan, row, arrays);
+    for (std::int64_t row = 0; row < plan.rows; ++row) finish_gradient_row(plan, row, arrays);
   }
 }
 

@@ -93,4 +93,9 @@ inline BackwardScratch lay_out_thread(const BackwardPlan& plan, Scratch& scratch
           .factors = scratch.take<float>(kGradientKeys)};
 }
 
+// The first and the last stage: delta and reference of one of plan.rows rows; its dq, the splits' copies summed.
+void prepare_gradient_row(const BackwardPlan& plan, std::int64_t row, const BackwardArrays& arrays,
+                          const BackwardScratch& scratch);
+void finish_gradient_row(const BackwardPlan& plan, std::int64_t row, const BackwardArrays& arrays);
+
 }  // namespace adaattn::cpu

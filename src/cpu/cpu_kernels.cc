@@ -7,6 +7,7 @@
 
 #include "cpu/adaptive.h"
 #include "cpu/backward.h"
+#include "cpu/backward_tiled.h"
 #include "cpu/bounded.h"
 #include "cpu/decode.h"
 #include "cpu/decode_plan.h"
@@ -82,11 +83,30 @@ constexpr std::array kForward = {ForwardKernel{.name = "cpu_adaptive",
                                                .workspace = forward_workspace,
                                                .run = forward}};
 
-constexpr std::array kBackward = {BackwardKernel{.name = "cpu_flash",
+Reasons declines_backward(const adaattn_backward_args& args) {
+  return declines(args).unless(args.plans == nullptr, "gives the gradient of exact attention, not of given plans");
+}
+
+Reasons declines_backward_tiled(const adaattn_backward_args& args) {
+  return declines(args)
+      .unless(args.plans != nullptr, "needs the plans and tile classes of a forward pass within a budget")
+      .unless(args.mask.data == nullptr, "takes no mask")
+      .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
+              "takes no window");
+}
+
+constexpr std::array kBackward = {BackwardKernel{.name = "cpu_tiled",
+                                                 .summary = "gradients of tiles in classes, in float32",
+                                                 .device = ADAATTN_CPU,
+                                                 .unavailable = always_available,
+                                                 .declines = declines_backward_tiled,
+                                                 .workspace = backward_tiled_workspace,
+                                                 .run = backward_tiled},
+                                  BackwardKernel{.name = "cpu_flash",
                                                  .summary = "tiled recomputation in float32 on vector units",
                                                  .device = ADAATTN_CPU,
                                                  .unavailable = always_available,
-                                                 .declines = declines<adaattn_backward_args>,
+                                                 .declines = declines_backward,
                                                  .workspace = backward_workspace,
                                                  .run = backward}};
 

@@ -69,6 +69,10 @@ void run_backward(const adaattn_backward_args& args) {
 
 Reasons always_available() { return {}; }
 
+Reasons declines_plans(const adaattn_backward_args& args) {
+  return Reasons().unless(args.plans == nullptr, "gives the gradient of exact attention, not of given plans");
+}
+
 constexpr std::array kForward = {ForwardKernel{.name = "reference_fp64",
                                                .summary = "plain FP64 attention, slow; any head size",
                                                .device = ADAATTN_CPU,
@@ -81,7 +85,7 @@ constexpr std::array kBackward = {BackwardKernel{.name = "reference_fp64",
                                                  .summary = "plain FP64 gradients, slow; any head size",
                                                  .device = ADAATTN_CPU,
                                                  .unavailable = always_available,
-                                                 .declines = [](const adaattn_backward_args&) { return Reasons(); },
+                                                 .declines = declines_plans,
                                                  .workspace = workspace<adaattn_backward_args>,
                                                  .run = run_backward}};
 

@@ -275,6 +275,18 @@ std::vector<Refusal> backward_refusals() {
       {"dv_null", [](Call& c) { c.backward.dv.data = nullptr; }, {"dv.data is NULL"}},
       {"lse_null", [](Call& c) { c.backward.lse = nullptr; }, {"lse is NULL"}},
       {"lse_misaligned", [](Call& c) { c.backward.lse = misaligned(c.backward.lse); }, {"lse is misaligned"}},
+      {"plans_alone",
+       [](Call& c) {
+         static const adaattn_head_plan plans[8] = {};
+         c.backward.plans = plans;
+       },
+       {"tile_classes is NULL, but plans is not"}},
+      {"classes_alone",
+       [](Call& c) {
+         static const std::uint8_t classes[64] = {};
+         c.backward.tile_classes = classes;
+       },
+       {"plans is NULL, but tile_classes is not"}},
   };
   all.insert(all.end(), own.begin(), own.end());
   return all;
