@@ -8,32 +8,43 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from adaattn._options import checked_error, checked_guarantee
-from adaattn._policy_rule import HeadRule, HeadState, LayerState
+from adaattn._policy_rule import HeadRule, HeadState, Key, LayerState
 from adaattn.plan import FORMS, PRECISIONS
 
 _RULE_FIELDS = tuple(field.name for field in fields(HeadRule))
 _STATE_FIELDS = tuple(field.name for field in fields(HeadState) if field.name != "rule")
 
 
-def to_dict(layers: Mapping[str, LayerState]) -> dict[str, Any]:
-    """{"layers": ...}; thresholds of -inf become None, which JSON can say."""
-    return {
-        "layers": {
-            name: {
-                "error": layer.error,
-                "guarantee": layer.guarantee,
-                "heads": [_state_to_dict(state) for state in layer.heads],
-            }
-            for name, layer in layers.items()
+def to_dict(layers: Mapping[Key, LayerState]) -> dict[str, Any]:
+    """{"layers": {layer: {tokens: state}}}; thresholds of -inf become None, which JSON can say."""
+    result: dict[str, dict[str, Any]] = {}
+    for (name, tokens), layer in layers.items():
+        result.setdefault(name, {})[str(tokens)] = {
+            "error": layer.error,
+            "guarantee": layer.guarantee,
+            "heads": [_state_to_dict(state) for state in layer.heads],
         }
-    }
+    return {"layers": result}
 
 
-def from_dict(values: Mapping[str, Any]) -> dict[str, LayerState]:
+def from_dict(values: Mapping[str, Any]) -> dict[Key, LayerState]:
     """The layers that to_dict() wrote. Raises ValueError naming what is wrong."""
     if set(values) != {"layers"} or not isinstance(values["layers"], Mapping):
         raise ValueError('must have, besides format and version, one field "layers", an object')
-    return {name: _layer_from_dict(f"layers[{name!r}]", layer) for name, layer in values["layers"].items()}
+    result: dict[Key, LayerState] = {}
+    for name, sizes in values["layers"].items():
+        where = f"layers[{name!r}]"
+        if not isinstance(sizes, Mapping) or not all(map(_is_size, sizes)):
+            raise ValueError(f"{where} must be an object whose fields are powers of two, numbers of tokens")
+        for tokens, layer in sizes.items():
+            result[Key(name, int(tokens))] = _layer_from_dict(f"{where}[{tokens!r}]", layer)
+    return result
+
+
+def _is_size(text: str) -> bool:
+    return (
+        text.isascii() and text.isdigit() and len(text) < 20 and text == str(int(text)) and int(text).bit_count() == 1
+    )
 
 
 def _state_to_dict(state: HeadState) -> dict[str, Any]:

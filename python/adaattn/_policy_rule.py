@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from adaattn._options import Guarantee
 
@@ -93,9 +94,22 @@ class HeadState:
     """Times in a row that planning a dense head anew ended dense."""
 
 
+class Key(NamedTuple):
+    """What a state is kept for: a head that saves nothing in a short sequence may save much in a long one."""
+
+    layer: str
+    tokens: int
+    """A power of two: calls of min(Nq, Nk) from it to just below twice as many."""
+
+
+def key_of(layer: str, tokens: int) -> Key:
+    """The key for a call of min(Nq, Nk) = tokens."""
+    return Key(layer, 1 << max(tokens.bit_length() - 1, 0))
+
+
 @dataclass(frozen=True)
 class LayerState:
-    """The heads of a layer, and the budget that they are for."""
+    """The heads of a layer in calls of one size, and the budget that they are for."""
 
     error: float
     guarantee: Guarantee

@@ -18,7 +18,7 @@ import numpy as np
 from adaattn import _policy_rule as rule
 from adaattn._options import Guarantee, checked_error, checked_guarantee
 from adaattn._policy_json import from_dict, to_dict
-from adaattn._policy_rule import HeadRule, HeadState, LayerState, Seen
+from adaattn._policy_rule import HeadRule, HeadState, Key, LayerState, Seen, key_of
 from adaattn.functional import attention, attention_reported
 from adaattn.metrics import HeadReports
 from adaattn.plan import Plan, load, parse
@@ -57,7 +57,8 @@ class Policy:
     need not try plans out; the error that each call measures moves the plan's thresholds towards what the budget
     allows. A head that had to run again backs off at once, relaxing is slow, and heads that ran densely are planned
     anew only now and then. Thresholds are shares of a row's softmax, never positions, and every call is still judged by
-    itself: a policy changes what a call costs, not what it promises.
+    itself: a policy changes what a call costs, not what it promises. Calls of 4,096 to 8,191 tokens, 8,192 to 16,383,
+    and so on learn apart from each other.
 
     Use it as `adaattn.enable(error=..., policy=policy)`, `AdaptiveAttention(..., policy=policy)`,
     `adaattn.register_transformers(error=..., policy=policy)`, or by itself: `policy.attention("layer", q, k, v,
@@ -72,7 +73,7 @@ class Policy:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._layers: dict[str, LayerState] = {}
+        self._layers: dict[Key, LayerState] = {}
         self._numbers: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._reset()
 
@@ -95,11 +96,12 @@ class Policy:
         if error == 0 or _is_traced(q) or getattr(q, "ndim", 0) != 4:
             return attention(q, k, v, error=error, guarantee=guarantee, **options)
         name = self.layer_name(layer)
-        plan = self.next_plan(name, q.shape[1], error=error, guarantee=guarantee)
+        tokens = min(q.shape[2], k.shape[2]) if getattr(k, "ndim", 0) == 4 else 0
+        plan = self.next_plan(name, q.shape[1], tokens, error=error, guarantee=guarantee)
         result, heads, seconds = attention_reported(q, k, v, error=error, guarantee=guarantee, plan=plan, **options)
         # Exact kernels run no stages but attend: such a call says nothing about its heads.
         if seconds["measure"] + seconds["plan"] + seconds["verify"] > 0:
-            self.record(name, heads, error=error, guarantee=guarantee)
+            self.record(name, heads, tokens, error=error, guarantee=guarantee)
         return result
 
     def layer_name(self, layer: object) -> str:
@@ -114,34 +116,40 @@ class Policy:
                 self._numbers[layer] = name
             return name
 
-    def next_plan(self, layer: str, heads: int, *, error: float, guarantee: Guarantee = "measured") -> Plan:
-        """The plan (1, heads) that the layer's next call should start with.
+    def next_plan(
+        self, layer: str, heads: int, tokens: int, *, error: float, guarantee: Guarantee = "measured"
+    ) -> Plan:
+        """The plan (1, heads) that the layer's next call should start with; tokens is its min(Nq, Nk).
 
         Raises PolicyMismatchError if the state of the layer is for another number of heads.
         """
         error, guarantee = checked_error(error), checked_guarantee(guarantee)
         with self._lock:
-            kept = self._layers.get(layer)
+            key = key_of(layer, tokens)
+            kept = self._layers.get(key)
             if kept is not None and len(kept.heads) != heads:
                 raise PolicyMismatchError(
                     f"the policy has {len(kept.heads)} heads for layer {layer!r}, but q has {heads}: it was made with "
                     "another model; use a new adaattn.Policy()"
                 )
             if kept is None or (kept.error, kept.guarantee) != (error, guarantee):
-                kept = self._layers[layer] = LayerState(error, guarantee, (HeadState(),) * heads)
+                kept = self._layers[key] = LayerState(error, guarantee, (HeadState(),) * heads)
         return _plan_of(tuple(map(rule.next_rule, kept.heads)))
 
-    def record(self, layer: str, reports: HeadReports, *, error: float, guarantee: Guarantee = "measured") -> None:
+    def record(
+        self, layer: str, reports: HeadReports, tokens: int, *, error: float, guarantee: Guarantee = "measured"
+    ) -> None:
         """Learns from what a call that started with next_plan(layer, ...) reported (`metrics.heads`)."""
         reached = reports.error_bound if guarantee == "bounded" else reports.estimated_error
         aimed = rule.AIM[guarantee] * error
         seen = [_seen(reports, reached, head, aimed) for head in range(reports.work.shape[1])]
         with self._lock:
-            kept = self._layers.get(layer)
+            key = key_of(layer, tokens)
+            kept = self._layers.get(key)
             # Another thread may have called the layer with another budget meanwhile.
             if kept is not None and (kept.error, kept.guarantee, len(kept.heads)) == (error, guarantee, len(seen)):
                 states = tuple(rule.updated(state, each) for state, each in zip(kept.heads, seen, strict=True))
-                self._layers[layer] = LayerState(error, guarantee, states)
+                self._layers[key] = LayerState(error, guarantee, states)
             self._calls += 1
             self._heads += reports.work.size
             self._escalated += int((reports.escalations > 0).sum())
@@ -152,17 +160,20 @@ class Policy:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that have a state."""
         with self._lock:
-            return tuple(self._layers)
+            return tuple(dict.fromkeys(key.layer for key in self._layers))
 
-    def plan(self, layer: str) -> Plan:
-        """The plan (1, heads) that is kept for a layer now, automatic until it was planned. Raises KeyError."""
+    def plan(self, layer: str, tokens: int) -> Plan:
+        """The plan (1, heads) that is kept for a layer's calls of so many tokens, automatic until one was planned.
+
+        Raises KeyError if there was no such call.
+        """
         with self._lock:
-            return _plan_of(tuple(state.rule for state in self._layers[layer].heads))
+            return _plan_of(tuple(state.rule for state in self._layers[key_of(layer, tokens)].heads))
 
     def check_model(self, layers: int, heads: int) -> None:
         """Raises PolicyMismatchError if a policy of modules is not for a model of so many layers and heads."""
         with self._lock:
-            kept = {name: len(layer.heads) for name, layer in self._layers.items()}
+            kept = {key.layer: len(layer.heads) for key, layer in self._layers.items()}
         counts = sorted(set(kept.values()))
         if kept and (counts != [heads] or len(kept) != layers):
             raise PolicyMismatchError(
@@ -184,12 +195,13 @@ class Policy:
         with self._lock:
             layers = dict(self._layers)
         blocks = []
-        for name, layer in layers.items():
+        for (name, tokens), layer in layers.items():
             lines = _plan_of(tuple(state.rule for state in layer.heads)).describe().splitlines()
             notes = ["kept error / aim", *(_note(state) for state in layer.heads)]
             width = max(map(len, lines))
             table = "\n".join(f"{line.ljust(width)}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
-            blocks.append(f"layer {name}, error {layer.error:g}, {layer.guarantee}\n{table}")
+            size = f"{tokens:,} to {2 * tokens - 1:,} tokens"
+            blocks.append(f"layer {name}, {size}, error {layer.error:g}, {layer.guarantee}\n{table}")
         return "\n\n".join(blocks) or "no layer has been called yet"
 
     def to_json(self, **options: Any) -> str:

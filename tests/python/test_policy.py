@@ -20,6 +20,7 @@ from adaattn.metrics import HeadReports
 from adaattn.plan import Plan
 
 BUDGET = 0.01
+TOKENS = 5000
 TILED = HeadRule("tiled", screen=-3.0, low=-1.0, drop=0.004)
 SETTLED = HeadState(TILED, trend=-0.2, spread=0.05, patience=0)
 
@@ -181,8 +182,8 @@ def reports(batch=1, heads=2, form=1, error=0.004, escalations=0, work=0.5, scre
 
 
 def called(policy, layer="a", heads=2, error=BUDGET, **changes):
-    plan = policy.next_plan(layer, heads, error=error)
-    policy.record(layer, reports(heads=heads, **changes), error=error)
+    plan = policy.next_plan(layer, heads, TOKENS, error=error)
+    policy.record(layer, reports(heads=heads, **changes), TOKENS, error=error)
     return plan
 
 
@@ -190,42 +191,57 @@ class TestPolicy:
     def test_the_engine_plans_first(self):
         policy = adaattn.Policy()
         assert called(policy) == Plan.automatic(1, 2)
-        assert policy.next_plan("a", 2, error=BUDGET).form.tolist() == [["tiled", "tiled"]]
-        assert policy.next_plan("a", 2, error=BUDGET).screen.tolist() == [[-3.0, -3.0]]
-        assert policy.next_plan("b", 5, error=BUDGET) == Plan.automatic(1, 5)
+        assert policy.next_plan("a", 2, TOKENS, error=BUDGET).form.tolist() == [["tiled", "tiled"]]
+        assert policy.next_plan("a", 2, TOKENS, error=BUDGET).screen.tolist() == [[-3.0, -3.0]]
+        assert policy.next_plan("b", 5, TOKENS, error=BUDGET) == Plan.automatic(1, 5)
         assert policy.layers == ("a", "b")
 
     def test_the_worst_batch_entry_counts(self):
         policy = adaattn.Policy()
-        policy.next_plan("a", 2, error=BUDGET)
-        policy.record("a", reports(batch=3, screen=np.array([[-3, -3], [-5, -2], [-4, -4]])), error=BUDGET)
-        assert policy.plan("a").screen.tolist() == [[-5, -4]]
+        policy.next_plan("a", 2, TOKENS, error=BUDGET)
+        policy.record("a", reports(batch=3, screen=np.array([[-3, -3], [-5, -2], [-4, -4]])), TOKENS, error=BUDGET)
+        assert policy.plan("a", TOKENS).screen.tolist() == [[-5, -4]]
         # One entry that had to run densely is a miss; most of them make a dense head.
-        policy.record("a", reports(batch=3, form=np.array([[1, 1], [0, 0], [1, 0]]), escalations=1), error=BUDGET)
-        assert policy.plan("a").form.tolist() == [["tiled", "dense"]]
+        policy.record(
+            "a", reports(batch=3, form=np.array([[1, 1], [0, 0], [1, 0]]), escalations=1), TOKENS, error=BUDGET
+        )
+        assert policy.plan("a", TOKENS).form.tolist() == [["tiled", "dense"]]
 
     def test_another_budget_is_planned_anew(self):
         policy = adaattn.Policy()
         called(policy)
-        assert policy.next_plan("a", 2, error=2 * BUDGET) == Plan.automatic(1, 2)
+        assert policy.next_plan("a", 2, TOKENS, error=2 * BUDGET) == Plan.automatic(1, 2)
         called(policy)
-        assert policy.next_plan("a", 2, error=BUDGET, guarantee="bounded") == Plan.automatic(1, 2)
+        assert policy.next_plan("a", 2, TOKENS, error=BUDGET, guarantee="bounded") == Plan.automatic(1, 2)
+
+    def test_lengths_learn_apart(self):
+        policy = adaattn.Policy()
+        called(policy, form=0)
+        for tokens, form in (
+            (4096, "dense"),
+            (8191, "dense"),
+            (8192, "automatic"),
+            (4095, "automatic"),
+            (0, "automatic"),
+        ):
+            assert policy.next_plan("a", 2, tokens, error=BUDGET).form.tolist() == [[form] * 2]
+        assert policy.layers == ("a",)
 
     def test_a_late_report_for_another_budget_is_not_learned(self):
         policy = adaattn.Policy()
-        policy.next_plan("a", 2, error=2 * BUDGET)
-        policy.record("a", reports(), error=BUDGET)
-        assert policy.plan("a") == Plan.automatic(1, 2)
+        policy.next_plan("a", 2, TOKENS, error=2 * BUDGET)
+        policy.record("a", reports(), TOKENS, error=BUDGET)
+        assert policy.plan("a", TOKENS) == Plan.automatic(1, 2)
 
     def test_bounds_are_what_bounded_calls_are_judged_by(self):
         policies = [adaattn.Policy(), adaattn.Policy()]
         for policy, bound in zip(policies, (0.001, 0.0099), strict=True):
             for _ in range(12):
-                plan = policy.next_plan("a", 2, error=BUDGET, guarantee="bounded")
+                plan = policy.next_plan("a", 2, TOKENS, error=BUDGET, guarantee="bounded")
                 screen = plan.screen if plan.form[0, 0] == "tiled" else -3.0
-                policy.record("a", reports(screen=screen, bound=bound), error=BUDGET, guarantee="bounded")
-        assert (policies[0].plan("a").screen > -3).all()
-        assert (policies[1].plan("a").screen < -3).all()
+                policy.record("a", reports(screen=screen, bound=bound), TOKENS, error=BUDGET, guarantee="bounded")
+        assert (policies[0].plan("a", TOKENS).screen > -3).all()
+        assert (policies[1].plan("a", TOKENS).screen < -3).all()
 
     def test_statistics(self):
         policy = adaattn.Policy()
@@ -242,7 +258,7 @@ class TestPolicy:
         assert policy.describe() == "no layer has been called yet"
         called(policy, form=np.array([[1, 0]]))
         lines = policy.describe().splitlines()
-        assert lines[0] == "layer a, error 0.01, measured"
+        assert lines[0] == "layer a, 4,096 to 8,191 tokens, error 0.01, measured"
         assert lines[1].endswith("kept error / aim")
         assert lines[2].endswith("0.80")
         assert lines[3].endswith("planned anew after 16 calls")
@@ -251,7 +267,7 @@ class TestPolicy:
         policy = adaattn.Policy()
         called(policy)
         with pytest.raises(adaattn.PolicyMismatchError, match="has 2 heads for layer 'a', but q has 3: it was"):
-            policy.next_plan("a", 3, error=BUDGET)
+            policy.next_plan("a", 3, TOKENS, error=BUDGET)
         policy.check_model(1, 2)
         for layers, heads in ((2, 2), (1, 3)):
             with pytest.raises(ValueError, match="for another model: it has 1 layers of 2 heads, the model has"):
@@ -298,7 +314,7 @@ class TestFiles:
         loaded = adaattn.Policy.load(tmp_path / "policy.json")
         assert loaded.to_json() == policy.to_json()
         assert "Infinity" not in loaded.to_json()
-        assert loaded.plan("a") == policy.plan("a")
+        assert loaded.plan("a", TOKENS) == policy.plan("a", TOKENS)
         assert list(tmp_path.iterdir()) == [tmp_path / "policy.json"]
         assert called(loaded, layer="b", heads=3).form.tolist() == [["tiled"] * 3]
 
@@ -332,18 +348,33 @@ class TestFiles:
             (lambda v: v.pop("layers"), 'one field "layers"'),
             (lambda v: v.update(more=1), 'one field "layers"'),
             (lambda v: v.update(layers=[]), 'one field "layers"'),
-            (lambda v: v["layers"].update(a=1), "layers['a'] must have the fields error, guarantee and heads"),
-            (lambda v: v["layers"]["a"].pop("error"), "layers['a'] must have the fields"),
-            (lambda v: v["layers"]["a"].update(error=-1), "layers['a']: error is -1"),
-            (lambda v: v["layers"]["a"].update(error=0), "layers['a']: error is 0, must be > 0"),
-            (lambda v: v["layers"]["a"].update(error="x"), "layers['a']: error is 'x'"),
-            (lambda v: v["layers"]["a"].update(guarantee="sure"), "layers['a']: guarantee is 'sure'"),
-            (lambda v: v["layers"]["a"].update(heads=[]), "layers['a'].heads must be a list"),
-            (lambda v: v["layers"]["a"].update(heads={"0": 1}), "layers['a'].heads must be a list"),
-            (lambda v: v["layers"]["b"]["heads"][2].pop("trend"), "layers['b'].heads[2] must have the fields"),
-            (lambda v: v["layers"]["b"]["heads"][2].update(more=1), "layers['b'].heads[2] must have the fields"),
+            (lambda v: v["layers"].update(a=1), "layers['a'] must be an object"),
+            (lambda v: v["layers"]["a"].update({"4095": {}}), "layers['a'] must be an object whose fields are powers"),
+            (lambda v: v["layers"]["a"].update({"04096": {}}), "layers['a'] must be an object whose fields are powers"),
+            (
+                lambda v: v["layers"]["a"].update({"8192": 1}),
+                "layers['a']['8192'] must have the fields error, guarantee",
+            ),
+            (lambda v: v["layers"]["a"]["4096"].pop("error"), "layers['a']['4096'] must have the fields"),
+            (lambda v: v["layers"]["a"]["4096"].update(error=-1), "layers['a']['4096']: error is -1"),
+            (lambda v: v["layers"]["a"]["4096"].update(error=0), "layers['a']['4096']: error is 0, must be > 0"),
+            (lambda v: v["layers"]["a"]["4096"].update(error="x"), "layers['a']['4096']: error is 'x'"),
+            (lambda v: v["layers"]["a"]["4096"].update(guarantee="sure"), "layers['a']['4096']: guarantee is 'sure'"),
+            (lambda v: v["layers"]["a"]["4096"].update(heads=[]), "layers['a']['4096'].heads must be a list"),
+            (lambda v: v["layers"]["a"]["4096"].update(heads={"0": 1}), "layers['a']['4096'].heads must be a list"),
+            (
+                lambda v: v["layers"]["b"]["4096"]["heads"][2].pop("trend"),
+                "layers['b']['4096'].heads[2] must have the fields",
+            ),
+            (
+                lambda v: v["layers"]["b"]["4096"]["heads"][2].update(more=1),
+                "layers['b']['4096'].heads[2] must have the fields",
+            ),
             *(
-                (lambda v, name=name, bad=bad: v["layers"]["b"]["heads"][1].update({name: bad}), f"heads[1].{name} is")
+                (
+                    lambda v, name=name, bad=bad: v["layers"]["b"]["4096"]["heads"][1].update({name: bad}),
+                    f"heads[1].{name} is",
+                )
                 for name, bad in (
                     ("form", "fast"),
                     ("precision", None),
@@ -426,7 +457,7 @@ class TestCalls:
     def test_short_calls_are_not_learned_from(self, rng):
         policy, x = adaattn.Policy(), rng.standard_normal((1, 2, 16, 8), dtype=np.float32)
         policy.attention("a", x, x, x, error=BUDGET)  # an exact kernel takes it
-        assert policy.plan("a") == Plan.automatic(1, 2)
+        assert policy.plan("a", 16) == Plan.automatic(1, 2)
         assert policy.statistics().calls == 0
 
     def test_bad_arguments(self, rng):
