@@ -11,6 +11,9 @@ Window = tuple[int | None, int | None]
 Alignment = Literal["top_left", "bottom_right"]
 Guarantee = Literal["measured", "bounded"]
 
+BUDGETED = ("_adaptive", "_bounded")
+"""How the names of kernels that use a budget end."""
+
 _INT64_MAX = 2**63 - 1
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from adaattn import hf
 from adaattn._fallbacks import calls
+from adaattn._options import Guarantee, checked_error, checked_guarantee
+from adaattn.policy import Policy, PolicyStatistics
 
 PYTORCH, ADAATTN = "pytorch", "adaattn"
 _IMPLEMENTATIONS = {PYTORCH: "sdpa", ADAATTN: hf.IMPLEMENTATION}
@@ -42,6 +45,7 @@ class Comparison:
 
     passes: dict[str, list[Pass]]  # by implementation, in the order of the chunks
     returned: dict[str, int]  # attention calls that AdaAttn handed back to PyTorch, by reason
+    policy: PolicyStatistics | None = None  # of the calls that used the policy, if there was one
 
     @property
     def tokens(self) -> int:
@@ -76,11 +80,19 @@ class Comparison:
         result["time_ratio"] = self.ratio(lambda chunk: chunk.seconds)
         result["attention_time_ratio"] = self.ratio(lambda chunk: chunk.attention)
         result["returned_to_pytorch"] = self.returned
+        result["policy"] = None if self.policy is None else self.policy.to_dict()
         return result
 
 
 def compare(
-    model: Any, ids: torch.Tensor, *, context: int, error: float = 0.0, progress: Callable[[int], None] | None = None
+    model: Any,
+    ids: torch.Tensor,
+    *,
+    context: int,
+    error: float = 0.0,
+    guarantee: Guarantee = "measured",
+    policy: Policy | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Runs a transformers causal language model over ids with both implementations.
 
@@ -92,6 +104,8 @@ def compare(
         ids: [tokens] integers on the model's device, cut into chunks; a last one of 1 token is left out.
         context: Tokens per chunk, >= 2. The first token of a chunk is not scored.
         error: AdaAttn's budget.
+        guarantee: What the budget promises.
+        policy: Learns from chunk to chunk how careful each head has to be. Its statistics begin anew here.
         progress: Called with the number of tokens of each forward pass as it ends.
 
     Raises:
@@ -104,21 +118,27 @@ def compare(
         raise ValueError(f"the text has {ids.numel()} tokens, must have at least 2")
     hf.register_transformers()
     before = model.config._attn_implementation
-    model.config.adaattn_error = error
+    model.config.adaattn_error, model.config.adaattn_guarantee = checked_error(error), checked_guarantee(guarantee)
     passes: dict[str, list[Pass]] = {PYTORCH: [], ADAATTN: []}
-    try:
+    with ExitStack() as stack:
+        stack.callback(_restore, model, before)
+        stack.enter_context(hf.policy_in_use(policy))
         for name in passes:  # a first call pays for memory and lazy set-up
             _run(model, chunks[0][:_WARM_UP_TOKENS], name)
         calls.statistics(reset=True)
+        if policy is not None:
+            policy.statistics(reset=True)
         for index, chunk in enumerate(chunks):
             for name in list(passes)[:: 1 if index % 2 == 0 else -1]:
                 passes[name].append(_run(model, chunk, name))
                 if progress is not None:
                     progress(chunk.numel())
-    finally:
-        model.set_attn_implementation(before)
-        del model.config.adaattn_error
-    return Comparison(passes, calls.statistics().returned)
+    return Comparison(passes, calls.statistics().returned, None if policy is None else policy.statistics())
+
+
+def _restore(model: Any, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
+    del model.config.adaattn_error, model.config.adaattn_guarantee
 
 
 def _run(model: Any, chunk: torch.Tensor, name: str) -> Pass:

@@ -327,7 +327,7 @@ def _precision(facts: dict[str, Any], q: Any, heads: HeadReports) -> str:
     chosen = next(kernel for kernel in facts["kernels"] if kernel["name"] == facts["chosen"])
     if chosen["name"] == _REFERENCE:
         return "float64"
-    if chosen["name"].endswith(_BUDGETED) and heads.precisions:
+    if chosen["name"].endswith(_options.BUDGETED) and heads.precisions:
         return "+".join(heads.precisions)
     if chosen["device"] == "cuda":  # matrix units multiply in the inputs' dtype
         return str(q.dtype).removeprefix("torch.")
@@ -348,7 +348,6 @@ def _row_mean(rows: Any) -> Any:
     return rows.sum(-1) / rows.shape[-1] if rows.shape[-1] else rows.sum(-1) + float("nan")
 
 
-_BUDGETED = ("_adaptive", "_bounded")  # how the names of kernels that use a budget end
 _REFERENCE = "reference_fp64"
 
 
@@ -360,11 +359,11 @@ def _fallback(facts: dict[str, Any], statistics: bool, asked: CallOptions, optio
         reasons.append("no kernel that takes this call reports entropy and largest probability")
     if asked.error > 0 and options.error == 0:
         reasons.append(f"error={asked.error:g} is met exactly: calls that record a gradient run exact kernels")
-    elif asked.error > 0 and not chosen.endswith(_BUDGETED):
-        why = _reasons(facts, lambda name: name.endswith(_BUDGETED)) or "no kernel here uses a budget"
+    elif asked.error > 0 and not chosen.endswith(_options.BUDGETED):
+        why = _reasons(facts, lambda name: name.endswith(_options.BUDGETED)) or "no kernel here uses a budget"
         reasons.append(f"error={asked.error:g} is met exactly: {why}")
     if chosen == _REFERENCE and options.kernel is None:
-        reasons.append(_reasons(facts, lambda name: name != _REFERENCE and not name.endswith(_BUDGETED)))
+        reasons.append(_reasons(facts, lambda name: name != _REFERENCE and not name.endswith(_options.BUDGETED)))
     return "; ".join(reasons) or None
 
 

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import adaattn  # noqa: E402
 from adaattn import evaluation, models  # noqa: E402
 from adaattn.cli import eval as command  # noqa: E402
 from adaattn.cli import main  # noqa: E402
@@ -76,6 +77,7 @@ def test_perplexity_is_that_of_transformers(model: Any, tokens: int, context: in
     assert comparison.returned == {}
     assert model.config._attn_implementation == before
     assert not hasattr(model.config, "adaattn_error")
+    assert not hasattr(model.config, "adaattn_guarantee")
 
 
 def test_times_and_ratios(model: Any) -> None:
@@ -118,6 +120,7 @@ def test_a_failing_model_is_left_as_it_was(model: Any, monkeypatch: pytest.Monke
         evaluation.compare(model, torch.full((8,), VOCABULARY), context=8)
     assert model.config._attn_implementation == before
     assert not hasattr(model.config, "adaattn_error")
+    assert not hasattr(model.config, "adaattn_guarantee")
 
 
 @pytest.mark.parametrize(("tokens", "context", "message"), [(1, 8, "the text has 1 tokens"), (9, 1, "context is 1")])
@@ -150,6 +153,49 @@ def test_command_as_table(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None
         assert words in output.out
     assert [line.split()[0] for line in output.out.splitlines() if line[:1].isdigit()] == ["0", "1", "2"]
     assert "both in turns" in output.err
+
+
+def test_a_policy_is_kept_in_its_file(tiny: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    # Bounds are kept from 1,024 tokens on.
+    arguments = ["eval", "--tokens", "3300", "--context", "1100", "--error", "0.1", "--guarantee", "bounded"]
+    arguments += ["--policy", str(file), "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["guarantee"] == "bounded"
+    assert facts["policy_file"] == str(file)
+    assert facts["kernel"] == "cpu_bounded"
+    assert facts["policy"]["calls"] == 3 * 3  # layers, chunks; the warm-up is not counted
+    assert facts["policy"]["heads"] == 3 * 3 * 4
+    assert facts["policy"]["work"] > 0
+    kept = adaattn.Policy.load(file)
+    kept.check_model(layers=3, heads=4)
+    assert not (kept.plan("0", 1100).form == "automatic").any()
+    # A second run begins with it.
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "error budget 0.1, bounded" in output
+    assert f"Policy {file}: 9 calls used the budget, at" in output
+    assert adaattn.Policy.load(file).to_json() != kept.to_json()
+
+
+def test_policy_files_that_do_not_fit(tiny: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    other = adaattn.Policy()
+    other.next_plan("0", 9, 4096, error=0.1)
+    other.save(file)
+    arguments = ["eval", "--tokens", "50", "--error", "0.1", "--device", "cpu", "--policy"]
+    assert main([*arguments, str(file)]) == 2
+    assert (
+        "the policy is for another model: it has 1 layers of 9 heads, the model has 3 of 4" in capsys.readouterr().err
+    )
+    file.write_text("{")
+    assert main([*arguments, str(file)]) == 2
+    assert f"{file}: is not JSON" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "none" / "policy.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["eval", "--tokens", "50", "--policy", str(file)]) == 2
+    assert "--policy is given, but --error is 0" in capsys.readouterr().err
 
 
 def test_returned_calls_are_named() -> None:

@@ -21,6 +21,7 @@ class Case:
     dtype: str = "float32"
     mask: str | None = None  # "bool" or "additive"
     tokens_first: bool = False  # memory is (B, N, H, D)
+    local: bool = False  # scores are large near the diagonal alone, which leaves something to a budget
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,6 +83,20 @@ CASES = (
     Case("two-sided window", q=(1, 2, 100, 64), keys=(2, 120), options={"window": (9, 17)}),
     Case("scale", q=(1, 2, 40, 64), keys=(2, 40), options={"scale": 0.3}),
     Case("no keys", q=(1, 2, 10, 64), keys=(2, 0)),
+    Case(
+        "budget of 0.05",
+        q=(1, 2, 1100, 32),
+        keys=(2, 1100),
+        local=True,
+        options={"is_causal": True, "error": 0.05},
+    ),
+    Case(
+        "budget of 0.05, bounded",
+        q=(1, 2, 1100, 32),
+        keys=(1, 1100),
+        local=True,
+        options={"error": 0.05, "guarantee": "bounded"},
+    ),
 )
 
 
@@ -93,6 +108,11 @@ def make_arrays(case: Case, seed: int) -> Arrays:
     dv = case.dv or d
     shapes = {"q": (b, hq, nq, d), "k": (b, hk, nk, d), "v": (b, hk, nk, dv), "dout": (b, hq, nq, dv)}
     arrays: Arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    if case.local:
+        for name in "qk":  # directions that turn with the position, d / 2 frequencies
+            place = np.arange(arrays[name].shape[2])[:, None] * 0.002 * np.arange(1, d // 2 + 1)
+            turning = np.stack([np.cos(place), np.sin(place)], -1).reshape(-1, d)
+            arrays[name] = (2 * turning + 0.3 * arrays[name]).astype(np.float32)
     if case.tokens_first:
         arrays = {name: np.swapaxes(np.swapaxes(x, 1, 2).copy(), 1, 2) for name, x in arrays.items()}
     if case.mask == "bool":

@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaattn import __version__, describe
+from adaattn import Policy, __version__, describe
+from adaattn._options import checked_error
 from adaattn.cli._table import table
 from adaattn.models import MODEL_NAME, load_smollm2
 
@@ -49,6 +50,19 @@ def add_parser(subparsers: Any) -> None:
         "--error", type=float, default=0.0, metavar="E", help="AdaAttn's error budget per head (default 0, exact)"
     )
     parser.add_argument(
+        "--guarantee",
+        choices=("measured", "bounded"),
+        default="measured",
+        help="what the budget promises: an error that is measured (default) or one that has an upper bound",
+    )
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="learn from chunk to chunk how careful each head has to be; begin with what FILE holds, if it is there, "
+        "and write it back at the end",
+    )
+    parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
@@ -70,19 +84,24 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{name} is {value}, must be at least {least}" + (f" and at most {most}" if most else "")
             )
+    policy = _policy(args.policy, checked_error(args.error))
     text = files("adaattn").joinpath("data/news_from_nowhere.txt") if args.text is None else args.text
     words = text.read_text(encoding="utf-8")
     print(f"loading {MODEL_NAME} ...", file=sys.stderr)
     device, dtype = _device_and_dtype(args.device, args.dtype)
     model, tokenizer = load_smollm2(device, dtype)
+    if policy is not None:
+        policy.check_model(model.config.num_hidden_layers, model.config.num_attention_heads)
     ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0, : args.tokens].to(device)
     facts = {
         "model": MODEL_NAME,
         "text": _TITLE if args.text is None else str(args.text),
         "context": args.context,
         **_setting(model, device, dtype, args),
-        **_with_progress(model, ids, args.context, args.error).to_dict(),
+        **_with_progress(model, ids, args, policy).to_dict(),
     }
+    if policy is not None:
+        policy.save(args.policy)
     print(json.dumps(facts, indent=2) if args.json else _report(facts, args.layers))
     return 0
 
@@ -97,13 +116,32 @@ def _device_and_dtype(device: str, dtype: str | None) -> tuple[str, str]:
     return device, dtype or ("float32" if device == "cpu" else "bfloat16")
 
 
-def _with_progress(model: Any, ids: torch.Tensor, context: int, error: float) -> Comparison:
+def _policy(file: Path | None, error: float) -> Policy | None:
+    """The policy in the file, or a new one if there is none yet."""
+    if file is None:
+        return None
+    if error == 0:
+        raise ValueError("--policy is given, but --error is 0: exact attention follows no policy")
+    if not file.parent.is_dir():
+        raise ValueError(f"--policy is {file}, but there is no folder {file.parent}")
+    return Policy.load(file) if file.exists() else Policy()
+
+
+def _with_progress(model: Any, ids: torch.Tensor, args: argparse.Namespace, policy: Policy | None) -> Comparison:
     from tqdm import tqdm  # comes with transformers
 
     from adaattn.evaluation import compare
 
     with tqdm(total=2 * ids.numel(), unit=" tokens", unit_scale=True, file=sys.stderr, desc="both in turns") as bar:
-        return compare(model, ids, context=context, error=error, progress=bar.update)
+        return compare(
+            model,
+            ids,
+            context=args.context,
+            error=args.error,
+            guarantee=args.guarantee,
+            policy=policy,
+            progress=bar.update,
+        )
 
 
 def _setting(model: Any, device: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +151,7 @@ def _setting(model: Any, device: str, dtype: str, args: argparse.Namespace) -> d
     heads, key_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     shapes = [(1, h, min(args.context, args.tokens), model.config.head_dim) for h in (heads, key_heads, key_heads)]
     q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape in shapes)
-    problem = describe(q, k, v, is_causal=True, enable_gqa=True, error=args.error)
+    problem = describe(q, k, v, is_causal=True, enable_gqa=True, error=args.error, guarantee=args.guarantee)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "dtype": dtype,
@@ -121,6 +159,8 @@ def _setting(model: Any, device: str, dtype: str, args: argparse.Namespace) -> d
         "instruction_sets": problem["instruction_sets"],
         "kernel": problem["chosen"],
         "error": args.error,
+        "guarantee": args.guarantee,
+        "policy_file": None if args.policy is None else str(args.policy),
         "versions": {"adaattn": __version__, "torch": torch.__version__},
     }
 
@@ -156,6 +196,8 @@ def _report(facts: dict[str, Any], layers: bool) -> str:
             for layer, (a, b) in enumerate(by_layer)
         ]
         blocks.append(table(("layer", "PyTorch, ms", "AdaAttn, ms", "ratio"), layer_rows))
+    if facts["policy"] is not None:
+        blocks.append(_policy_line(facts["policy"], facts["policy_file"]))
     blocks.append(
         f"Largest change of a token's loss: {facts['largest_loss_change']:.1e} nats. "
         f"Attention calls handed back to PyTorch: {_returned(facts['returned_to_pytorch'])}."
@@ -164,6 +206,7 @@ def _report(facts: dict[str, Any], layers: bool) -> str:
 
 
 def _heading(facts: dict[str, Any]) -> str:
+    budget = f"error budget {facts['error']:g}" + (f", {facts['guarantee']}" if facts["error"] > 0 else "")
     threads = f", {facts['threads']} threads" if facts["device"] == "cpu" else ""
     sets = f" ({facts['instruction_sets'][0]})" if facts["device"] == "cpu" and facts["instruction_sets"] else ""
     return "\n".join(
@@ -171,8 +214,18 @@ def _heading(facts: dict[str, Any]) -> str:
             f"{facts['model']}, {facts['tokens']:,} tokens of {facts['text']} in chunks of {facts['context']:,}",
             f"on {facts['device']}{sets}{threads}, {facts['dtype']}",
             f"PyTorch {facts['versions']['torch']}: scaled_dot_product_attention",
-            f"AdaAttn {facts['versions']['adaattn']}: kernel {facts['kernel']}, error budget {facts['error']:g}",
+            f"AdaAttn {facts['versions']['adaattn']}: kernel {facts['kernel']}, {budget}",
         )
+    )
+
+
+def _policy_line(found: dict[str, Any], file: str) -> str:
+    if not found["calls"]:
+        return f"Policy {file}: no call used the budget, see the kernel above."
+    return (
+        f"Policy {file}: {found['calls']:,} calls used the budget, at {100 * found['work']:.1f} % of the dense work; "
+        f"{100 * found['escalated'] / found['heads']:.1f} % of the heads ran again, "
+        f"{100 * found['dense'] / found['heads']:.1f} % ran densely."
     )
 
 

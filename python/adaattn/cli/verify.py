@@ -22,7 +22,8 @@ alignments, windows, key lengths, grouped heads, memory layouts) and compares th
 
 The measure is the relative Frobenius error of each head, for the log-sum-exp the absolute error. Each tolerance is
 derived from the roundings that a right kernel makes (adaattn/_tolerance.py has the reasons); the table shows the worst
-error as a fraction of its tolerance, so everything up to 1 passes. A kernel may decline a problem; then the next one of
+error as a fraction of its tolerance, so everything up to 1 passes. Kernels that use an error budget are held to it. A
+kernel may decline a problem; then the next one of
 the table would take it. Takes seconds.
 
 Exit code: 0 if all passed, 1 if a kernel was wrong."""
