@@ -142,7 +142,14 @@ class Policy:
         """Learns from what a call that started with next_plan(layer, ...) reported (`metrics.heads`)."""
         reached = reports.error_bound if guarantee == "bounded" else reports.estimated_error
         aimed = rule.AIM[guarantee] * error
-        seen = [_seen(reports, reached, head, aimed) for head in range(reports.work.shape[1])]
+        if reports.work.size == 0:
+            return
+        plan = {name: getattr(reports.plan, name).tolist() for name in _RULE_FIELDS}
+        batch, heads = reports.work.shape
+        seen = []
+        for head in range(heads):
+            rules = [HeadRule(**{name: plan[name][b][head] for name in _RULE_FIELDS}) for b in range(batch)]
+            seen.append(_seen(reports, reached, head, rules, aimed))
         with self._lock:
             key = key_of(layer, tokens)
             kept = self._layers.get(key)
@@ -272,14 +279,8 @@ def _plan_of(rules: tuple[HeadRule, ...]) -> Plan:
     return Plan(**{name: np.array([[getattr(each, name) for each in rules]]) for name in _RULE_FIELDS})
 
 
-def _rule_at(plan: Plan, b: int, h: int) -> HeadRule:
-    return HeadRule(**{name: getattr(plan, name)[b, h].item() for name in _RULE_FIELDS})
-
-
-def _seen(reports: HeadReports, reached: Any, head: int, aimed: float) -> Seen:
-    """One head over all batch entries: the worst error, and the most careful of the plans that gave it."""
-    column = range(reports.work.shape[0])
-    rules = [_rule_at(reports.plan, b, head) for b in column]
+def _seen(reports: HeadReports, reached: Any, head: int, rules: list[HeadRule], aimed: float) -> Seen:
+    """One head over all batch entries, with a rule each: the worst error, and the most careful of the rules."""
     saving = [each for each in rules if each.form != rule.DENSE]
     # Entries that had to run densely where most did not are misses, not heads that allow nothing.
     form = saving[0].form if 2 * len(saving) > len(rules) else rule.DENSE
