@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda/common/device.h"
+#include "cuda/sm90/backward/backward.h"
 #include "cuda/sm90/forward/forward.h"
 
 namespace adaattn::cuda {
@@ -22,9 +23,18 @@ constexpr std::array kForward = {
                   .workspace = sm90::forward_workspace,
                   .run = sm90::forward}};
 
+constexpr std::array kBackward = {
+    BackwardKernel{.name = "sm90_backward",
+                   .summary = "exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 128",
+                   .device = ADAATTN_CUDA,
+                   .unavailable = needs_sm90,
+                   .declines = sm90::declines_backward,
+                   .workspace = sm90::backward_workspace,
+                   .run = sm90::backward}};
+
 }  // namespace
 
 std::span<const ForwardKernel> forward_kernels() { return kForward; }
-std::span<const BackwardKernel> backward_kernels() { return {}; }
+std::span<const BackwardKernel> backward_kernels() { return kBackward; }
 
 }  // namespace adaattn::cuda

@@ -1,85 +1,30 @@
-"""A thin ctypes view of the C interface for torch CUDA tensors: what the GPU tests and benchmarks call."""
+"""The C interface for torch CUDA tensors, without the Python package's checks: what GPU tests and benchmarks call."""
 
 from __future__ import annotations
 
 import ctypes
-import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "python"))  # without an installation, the sources
+from adaattn import _library
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("device", ctypes.c_int32),
-        ("shape", ctypes.c_int64 * 4),
-        ("stride", ctypes.c_int64 * 4),
-    ]
-
-
-class Options(ctypes.Structure):
-    _fields_ = [
-        ("error", ctypes.c_double),
-        ("scale", ctypes.c_double),
-        ("has_scale", ctypes.c_int32),
-        ("causal", ctypes.c_int32),
-        ("alignment", ctypes.c_int32),
-        ("window_left", ctypes.c_int64),
-        ("window_right", ctypes.c_int64),
-        ("sinks", ctypes.c_int64),
-        ("num_threads", ctypes.c_int32),
-        ("deterministic", ctypes.c_int32),
-        ("guarantee", ctypes.c_int32),
-        ("kernel", ctypes.c_char_p),
-    ]
-
-
-class ForwardArgs(ctypes.Structure):
-    _fields_ = [
-        ("q", Tensor),
-        ("k", Tensor),
-        ("v", Tensor),
-        ("mask", Tensor),
-        ("out", Tensor),
-        ("lse", ctypes.c_void_p),
-        ("entropy", ctypes.c_void_p),
-        ("max_probability", ctypes.c_void_p),
-        ("key_lengths", ctypes.c_void_p),
-        ("options", Options),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_size_t),
-        ("stream", ctypes.c_void_p),
-        ("heads", ctypes.c_void_p),
-        ("plans", ctypes.c_void_p),
-        ("tile_classes", ctypes.c_void_p),
-        ("times", ctypes.c_void_p),
-    ]
+LIBRARY = _library.library()
+LIBRARY.adaattn_default_options.restype = _library.Options
 
 
 class AdaAttnError(ValueError):
     """What adaattn_last_error() said."""
 
 
-def load() -> ctypes.CDLL:
-    """The library at $ADAATTN_LIBRARY, or in build/."""
-    default = Path(__file__).resolve().parents[2] / "build" / "src" / "libadaattn.so"
-    library = ctypes.CDLL(os.environ.get("ADAATTN_LIBRARY", str(default)))
-    library.adaattn_default_options.restype = Options
-    library.adaattn_last_error.restype = ctypes.c_char_p
-    return library
-
-
-LIBRARY = load()
-
-
-def view(tensor: torch.Tensor) -> Tensor:
+def view(tensor: torch.Tensor) -> _library.Tensor:
     """The C view of a 4-D CUDA tensor."""
-    return Tensor(
-        data=tensor.data_ptr(),
+    return _library.Tensor(
+        data=tensor.data_ptr() or 64,
         dtype=DTYPES[tensor.dtype],
         device=1,
         shape=(ctypes.c_int64 * 4)(*tensor.shape),
@@ -93,8 +38,30 @@ def check(status: int) -> None:
         raise AdaAttnError(LIBRARY.adaattn_last_error().decode())
 
 
-class Forward:
-    """A prepared forward call; calling it launches on torch's current stream and allocates nothing."""
+class _Call:
+    """A prepared call; calling it launches on torch's current stream and allocates nothing."""
+
+    def __init__(self, name: str, args: Any, keep: list[Any], device: torch.device, **options: object) -> None:
+        self.args, self.keep = args, keep
+        self.run = getattr(LIBRARY, f"adaattn_{name}")
+        self.args.options = LIBRARY.adaattn_default_options()
+        for option, value in options.items():
+            setattr(self.args.options, option, value)
+        if "scale" in options:
+            self.args.options.has_scale = 1
+        needed = ctypes.c_size_t()
+        check(getattr(LIBRARY, f"adaattn_{name}_workspace")(ctypes.byref(self.args), ctypes.byref(needed)))
+        self.workspace = torch.empty(needed.value, dtype=torch.uint8, device=device)
+        self.args.workspace = self.workspace.data_ptr() or None
+        self.args.workspace_bytes = needed.value
+
+    def __call__(self) -> None:
+        self.args.stream = torch.cuda.current_stream().cuda_stream
+        check(self.run(ctypes.byref(self.args)))
+
+
+class Forward(_Call):
+    """adaattn_forward."""
 
     def __init__(
         self,
@@ -107,25 +74,35 @@ class Forward:
         key_lengths: torch.Tensor | None = None,
         **options: object,
     ) -> None:
-        self.args = ForwardArgs(
-            q=view(q), k=view(k), v=view(v), out=view(out), options=LIBRARY.adaattn_default_options()
-        )
-        self.keep = [q, k, v, out, lse, key_lengths]
+        args = _library.ForwardArgs(q=view(q), k=view(k), v=view(v), out=view(out))
         if lse is not None:
-            self.args.lse = lse.data_ptr()
+            args.lse = lse.data_ptr()
         if key_lengths is not None:
-            self.args.key_lengths = key_lengths.data_ptr()
-        for name, value in options.items():
-            setattr(self.args.options, name, value)
-        if "scale" in options:
-            self.args.options.has_scale = 1
-        needed = ctypes.c_size_t()
-        check(LIBRARY.adaattn_forward_workspace(ctypes.byref(self.args), ctypes.byref(needed)))
-        if needed.value:
-            self.keep.append(workspace := torch.empty(needed.value, dtype=torch.uint8, device=q.device))
-            self.args.workspace = workspace.data_ptr()
-            self.args.workspace_bytes = needed.value
+            args.key_lengths = key_lengths.data_ptr()
+        super().__init__("forward", args, [q, k, v, out, lse, key_lengths], q.device, **options)
 
-    def __call__(self) -> None:
-        self.args.stream = torch.cuda.current_stream().cuda_stream
-        check(LIBRARY.adaattn_forward(ctypes.byref(self.args)))
+
+class Backward(_Call):
+    """adaattn_backward; gradients is dq, dk and dv, which it writes."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        *,
+        key_lengths: torch.Tensor | None = None,
+        **options: object,
+    ) -> None:
+        dq, dk, dv = map(view, gradients)
+        args = _library.BackwardArgs(
+            q=view(q), k=view(k), v=view(v), out=view(out), dout=view(dout), dq=dq, dk=dk, dv=dv
+        )
+        args.lse = lse.data_ptr() or None
+        if key_lengths is not None:
+            args.key_lengths = key_lengths.data_ptr()
+        super().__init__("backward", args, [q, k, v, out, lse, dout, gradients, key_lengths], q.device, **options)

@@ -43,3 +43,18 @@ def attention(
     lse = torch.logsumexp(scores, -1)
     p = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
     return p @ v64, lse
+
+
+def gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv in FP64."""
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        out, _ = attention(inputs[0], inputs[1], inputs[2], seen, scale)
+    return torch.autograd.grad(out, inputs, dout.double())

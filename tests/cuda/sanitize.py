@@ -1,9 +1,16 @@
-"""Small forward calls of every kind, for compute-sanitizer: each path of the kernels once, nothing else on the GPU."""
+"""Small calls of every kind, for compute-sanitizer: each path of the kernels once, nothing else on the GPU."""
 
 from __future__ import annotations
 
 import torch
-from binding import Forward
+from binding import Backward, Forward
+
+
+def filled(*shape: int) -> torch.Tensor:
+    """Normal numbers by a copy from the host: torch's own kernels on the GPU would be checked, too."""
+    tensor = torch.zeros(*shape, device="cuda", dtype=torch.bfloat16)
+    tensor.copy_(torch.randn(shape))
+    return tensor
 
 
 def main() -> None:
@@ -15,16 +22,31 @@ def main() -> None:
             (80, 80, 300, 130, {"causal": 1, "alignment": 1}),
             (1, 1, 500, 600, {"window_left": 100, "window_right": 0, "sinks": 4}),
         ):
-            q = torch.zeros(2, hq, nq, dim, device="cuda", dtype=torch.bfloat16)
-            k, v = (torch.zeros(2, hk, nk, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-            for tensor in (q, k, v):
-                tensor.copy_(torch.randn(tensor.shape))
+            q, dout = filled(2, hq, nq, dim), filled(2, hq, nq, dim)
+            k, v = filled(2, hk, nk, dim), filled(2, hk, nk, dim)
             out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
-            lengths = torch.tensor([nk, nk // 3]).cuda()
-            Forward(q, k, v, out, lse, **options)()
-            Forward(q, k, v, out, lse, key_lengths=lengths, **options)()
-            torch.cuda.synchronize()
-            assert out.cpu().isfinite().all()
+            gradients = tuple(torch.zeros_like(t) for t in (q, k, v))
+            for lengths in (None, torch.tensor([nk, nk // 3]).cuda()):
+                Forward(q, k, v, out, lse, key_lengths=lengths, **options)()
+                torch.cuda.synchronize()
+                assert out.cpu().isfinite().all()
+                if dim > 128:
+                    continue
+                for deterministic in (0, 1):
+                    Backward(
+                        q,
+                        k,
+                        v,
+                        out,
+                        lse,
+                        dout,
+                        gradients,
+                        key_lengths=lengths,
+                        deterministic=deterministic,
+                        **options,
+                    )()
+                    torch.cuda.synchronize()
+                    assert all(gradient.cpu().isfinite().all() for gradient in gradients)
     print("done")
 
 

@@ -18,6 +18,11 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barri
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
 }
 
+// Copies bytes, a multiple of 16, between addresses on 16 bytes.
+__device__ __forceinline__ void load_bytes(void* to, const void* from, std::uint32_t bytes, Barrier& barrier) {
+  ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, from, bytes, &barrier);
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<std::uint64_t>(&map)) : "memory");
 }

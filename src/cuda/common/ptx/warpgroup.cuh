@@ -7,6 +7,13 @@ namespace adaattn::cuda::ptx {
 
 constexpr int kWarpgroupThreads = 128;
 
+// Read anew wherever it is needed, so that nothing derived from it stays in a register over the loop.
+__device__ __forceinline__ int thread_in_warpgroup() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread % kWarpgroupThreads;
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

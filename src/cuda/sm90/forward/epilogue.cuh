@@ -6,22 +6,9 @@
 
 #include "cuda/sm90/forward/config.h"
 #include "cuda/sm90/forward/softmax.cuh"
+#include "cuda/sm90/registers.cuh"
 
 namespace adaattn::cuda::sm90 {
-
-// Four lanes side by side hold word j of piece j's four in register j each; after it lane j holds all of piece j.
-__device__ __forceinline__ uint4 transpose_quad(const std::uint32_t (&words)[4], int lane) {
-  const bool odd = lane & 1, high = lane & 2;
-  // Lanes 1 apart trade: the even one keeps pieces 0 and 2, the odd one 1 and 3.
-  const std::uint32_t a = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[0] : words[1], 1);
-  const std::uint32_t b = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[2] : words[3], 1);
-  const std::uint32_t low0 = odd ? a : words[0], low1 = odd ? words[1] : a;    // two words of piece 0 or 1
-  const std::uint32_t high0 = odd ? b : words[2], high1 = odd ? words[3] : b;  // two words of piece 2 or 3
-  // Lanes 2 apart trade: the lower one keeps piece 0 or 1.
-  const std::uint32_t c = __shfl_xor_sync(0xFFFFFFFFu, high ? low0 : high0, 2);
-  const std::uint32_t d = __shfl_xor_sync(0xFFFFFFFFu, high ? low1 : high1, 2);
-  return high ? make_uint4(c, d, high0, high1) : make_uint4(low0, low1, c, d);
-}
 
 // first_row is this thread's upper row. A row that saw no key becomes 0, its lse -inf.
 template <typename T, typename Config>

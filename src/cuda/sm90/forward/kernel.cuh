@@ -174,7 +174,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       hide_unseen(scores, strip.first_step);
       const float first_tops[2] = {row_max(scores, 0), row_max(scores, 1)};
       exponentiate(scores, first_tops, state, correction, params.scale_log2);
-      pack_probabilities<T>(p, scores);
+      pack_operand<T>(p, scores);
 
       if (strip.first_step + 1 < plan.steps) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
 #pragma unroll 1
@@ -202,7 +202,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         v_place.advance();
         exponentiate(scores, tops, state, correction, params.scale_log2);
         rescale(out, correction);
-        pack_probabilities<T>(p, scores);
+        pack_operand<T>(p, scores);
       }
       ptx::arrive(shared.q_empty);  // every thread: each has read the plan
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);

@@ -2,13 +2,11 @@
 // Milakov and Gimelshein, arXiv 1805.02867.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 
 #include "common/visibility.h"
+#include "cuda/sm90/registers.cuh"
 
 namespace adaattn::cuda::sm90 {
 
@@ -18,26 +16,10 @@ struct RowState {
   float sum[2] = {0.0f, 0.0f};
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
 // NaN wins, so that one NaN score makes its whole row NaN, as in SDPA.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high) {
-  std::uint32_t result;
-  if constexpr (std::is_same_v<T, __half>)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
 }
 
@@ -75,13 +57,6 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kCount], const floa
     }
     state.sum[row] = fmaf(state.sum[row], correction[row], sum);
   }
-}
-
-// Probabilities as the A operand of the product with V: the accumulator layout is the operand's, two by two.
-template <typename T, int kCount>
-__device__ __forceinline__ void pack_probabilities(std::uint32_t (&packed)[kCount / 2], const float (&scores)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
 }
 
 template <int kCount>

@@ -1,0 +1,72 @@
+// Tile sizes of the sm_90a backward kernel, its shared-memory plan, and its parameters.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "common/visibility.h"
+
+namespace adaattn::cuda::sm90 {
+
+// One block of threads works on 128 keys: a producer warpgroup that copies, and two consumers of 64 keys each, which
+// visit the queries kQueries at a time. They split the product for dQ by head dimension, or by query if D is 64.
+template <int kDim_, int kQueries_, bool kEarlyValues_, bool kOrdered_>
+struct BackwardConfig {
+  static constexpr int kDim = kDim_;  // head size, padded with zeros to 64 or 128
+  static constexpr int kQueries = kQueries_;
+  // Starts the product for dV before dS is computed: more overlap, more registers.
+  static constexpr bool kEarlyValues = kEarlyValues_;
+  // Adds to each tile of dQ in one order, so that the same inputs give the same bits.
+  static constexpr bool kOrdered = kOrdered_;
+  static constexpr int kKeys = 128;
+  static constexpr int kStages = 2;          // Q and dO blocks in flight
+  static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
+  static constexpr int kThreads = 384;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kSharedQueries = kQueries * kDim / 128;  // rows of dQ (64 columns each) that a consumer makes
+};
+
+// What one block of threads does: all queries of one key head's group that see its keys.
+struct KeyPlan {
+  int first_key, key_head, batch;
+  int key_count;             // keys of this batch entry
+  int first_tile, tiles;     // of queries, per query head
+  int full_begin, full_end;  // queries in [full_begin, full_end) see all keys of the block
+};
+
+template <typename Config>
+struct BackwardShared {
+  using Element = std::uint16_t;
+  alignas(1024) Element k[Config::kChunks][Config::kKeys][64];
+  alignas(1024) Element v[Config::kChunks][Config::kKeys][64];
+  alignas(1024) Element q[Config::kStages][Config::kChunks][Config::kQueries][64];
+  alignas(1024) Element dout[Config::kStages][Config::kChunks][Config::kQueries][64];
+  // Two buffers: the barrier that says that one is full also says that the other has been read.
+  alignas(1024) Element ds[2][Config::kKeys / 64][Config::kQueries][64];
+  alignas(16) float rows[Config::kStages][2][Config::kQueries];  // lse / ln 2, delta
+  std::uint64_t k_full, v_full;
+  std::uint64_t q_full[Config::kStages], q_empty[Config::kStages];
+  std::uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
+  KeyPlan plan;
+};
+
+struct BackwardParams {
+  CUtensorMap q, k, v, dout;  // [batch, head, token, dim], boxes of 64 columns
+  const float* rows;          // [batch, heads, query_tiles, 2, kQueries]: lse / ln 2 and delta of each query
+  float* dq;                  // [batch, heads, query_tiles, 2, ...]: sums in the order of the consumers' registers
+  void *dk, *dv;              // [batch, key_heads, key_count, dim or dim_v]
+  std::int64_t dk_stride[3], dv_stride[3];
+  const std::int64_t* key_lengths;  // [batch] or null
+  unsigned* order;                  // null, or what makes the sums for dQ deterministic: a ticket counter, then
+                                    // how many blocks have added, [batch, heads, query_tiles, 2]
+  float scale, scale_log2;          // scale / ln 2
+  int batch, heads, group;          // group: query heads on one key head
+  int query_count, key_count, dim, dim_v;
+  Visibility visibility;  // of batch entries without a key length; the diagonal of others moves with their length
+  bool bottom_right;
+  int key_tiles, query_tiles;  // per head
+  int heads_at_once;           // so many key heads are worked on side by side, their longest blocks first
+};
+
+}  // namespace adaattn::cuda::sm90

@@ -1,0 +1,50 @@
+// What the forward and the backward kernels do with values in registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace adaattn::cuda::sm90 {
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two values rounded to 16 bits, low in the lower half.
+template <typename T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+  std::uint32_t result;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// An accumulator as the A operand of the next product: its layout is the operand's, two by two.
+template <typename T, int kCount>
+__device__ __forceinline__ void pack_operand(std::uint32_t (&packed)[kCount / 2], const float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+}
+
+// Four lanes side by side hold word j of piece j's four in register j each; after it lane j holds all of piece j.
+__device__ __forceinline__ uint4 transpose_quad(const std::uint32_t (&words)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  // Lanes 1 apart trade: the even one keeps pieces 0 and 2, the odd one 1 and 3.
+  const std::uint32_t a = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[0] : words[1], 1);
+  const std::uint32_t b = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[2] : words[3], 1);
+  const std::uint32_t low0 = odd ? a : words[0], low1 = odd ? words[1] : a;    // two words of piece 0 or 1
+  const std::uint32_t high0 = odd ? b : words[2], high1 = odd ? words[3] : b;  // two words of piece 2 or 3
+  // Lanes 2 apart trade: the lower one keeps piece 0 or 1.
+  const std::uint32_t c = __shfl_xor_sync(0xFFFFFFFFu, high ? low0 : high0, 2);
+  const std::uint32_t d = __shfl_xor_sync(0xFFFFFFFFu, high ? low1 : high1, 2);
+  return high ? make_uint4(c, d, high0, high1) : make_uint4(low0, low1, c, d);
+}
+
+}  // namespace adaattn::cuda::sm90
