@@ -168,9 +168,13 @@ def kernels_for(q, k, v, **options):
 
 
 def backward_kernels(device="cpu"):
-    """Names of the backward kernels that this machine can run."""
+    """Names of the backward kernels that this machine can run on the inputs alone."""
+    needs_plans = {"cpu_tiled"}
     return [
         kernel["name"]
         for kernel in adaattn.describe()["kernels"]
-        if kernel["operation"] == "backward" and kernel["device"] == device and not kernel["unavailable"]
+        if kernel["operation"] == "backward"
+        and kernel["device"] == device
+        and not kernel["unavailable"]
+        and kernel["name"] not in needs_plans
     ]
