@@ -48,15 +48,16 @@ def forward(
     heads: int = 0,
     plans: int = 0,
     times: int = 0,
+    tile_classes: int = 0,
 ) -> None:
-    """adaattn_forward with a workspace of its own; lse to key_lengths and heads to times are addresses, 0 for none."""
+    """adaattn_forward with a workspace of its own; lse to key_lengths and heads to tile_classes: addresses, or 0."""
     library = _library.library()
     args = _library.ForwardArgs()
     name = _kernel_name(options)
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream, heads, plans, 0, times,
+        0, 0, execution.stream, heads, plans, tile_classes, times,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
@@ -83,15 +84,17 @@ def backward(
     key_lengths: int,
     options: Options,
     execution: Execution,
+    plans: int = 0,
+    tile_classes: int = 0,
 ) -> None:
-    """adaattn_backward with a workspace of its own."""
+    """adaattn_backward with a workspace of its own; plans and tile_classes are addresses, 0 for exact attention."""
     library = _library.library()
     args = _library.BackwardArgs()
     name = _kernel_name(options)
     _BACKWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, *dout, lse, *dq, *dk, *dv, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream, 0, 0,
+        0, 0, execution.stream, plans, tile_classes,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()

@@ -86,7 +86,6 @@ class HeadReport(ctypes.Structure):
         ("escalations", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("estimated_error", ctypes.c_double),
-        ("estimated_limit", ctypes.c_double),
         ("error_bound", ctypes.c_double),
         ("work", ctypes.c_double),
         ("tiles", ctypes.c_int64),
@@ -254,6 +253,11 @@ def load(path: Path) -> ctypes.CDLL:
         getattr(library, name).argtypes = argtypes
         getattr(library, name).restype = ctypes.c_int
     return library
+
+
+def panel_rows() -> int:
+    """Neighbouring queries that share a tile's class on this machine."""
+    return int(library().adaattn_panel_rows())
 
 
 @lru_cache(maxsize=1)

@@ -39,7 +39,7 @@ class _Workspace:
 
 
 def attention(
-    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions, *_: Any
 ) -> tuple[Array, ...]:
     """(out, lse)."""
     return _run(q, k, v, attn_mask, key_lengths, enable_gqa, options, None, False, False)
@@ -55,6 +55,7 @@ def attention_reported(
     options: CallOptions,
     plan: Plan | None,
     statistics: bool,
+    *_: Any,
 ) -> tuple[Array, ...]:
     """(out, lse, heads, times), and (entropy, max_probability) if statistics are wanted; heads: raw reports."""
     return _run(q, k, v, attn_mask, key_lengths, enable_gqa, options, plan, True, statistics)

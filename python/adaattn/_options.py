@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 Window = tuple[int | None, int | None]
 Alignment = Literal["top_left", "bottom_right"]
 Guarantee = Literal["measured", "bounded"]
+Backward = Literal["exact", "consistent"]
 
 BUDGETED = ("_adaptive", "_bounded")
 """How the names of kernels that use a budget end."""
@@ -112,6 +113,14 @@ def checked_guarantee(guarantee: Any) -> Guarantee:
     if guarantee not in ("measured", "bounded"):
         raise ValueError(f'guarantee is {guarantee!r}, must be "measured" or "bounded"')
     known: Guarantee = guarantee
+    return known
+
+
+def checked_backward(backward: Any) -> Backward:
+    """Raises ValueError naming it."""
+    if backward not in ("exact", "consistent"):
+        raise ValueError(f'backward is {backward!r}, must be "exact" or "consistent"')
+    known: Backward = backward
     return known
 
 

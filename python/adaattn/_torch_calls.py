@@ -10,16 +10,25 @@ from torch import Tensor
 
 from adaattn import _calls, torch_op
 from adaattn._arrays import View, packed
-from adaattn._options import CallOptions
+from adaattn._options import Backward, CallOptions
 from adaattn._shapes import check_heads, check_output_size
 from adaattn._torch_arrays import key_lengths_address, view
 from adaattn.plan import Plan
 
 
 def attention(
-    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    key_lengths: Any,
+    enable_gqa: bool,
+    options: CallOptions,
+    backward: Backward = "exact",
 ) -> tuple[Tensor, ...]:
     """(out, lse)."""
+    if options.error > 0 and backward == "consistent" and _records(q, k, v):
+        return attention_reported(q, k, v, attn_mask, key_lengths, enable_gqa, options, None, False, backward)[:2]
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
     results: tuple[Tensor, ...] = torch_op.call(torch_op.forward_op, q, k, v, attn_mask, key_lengths, *options)
     return results
@@ -35,13 +44,17 @@ def attention_reported(
     options: CallOptions,
     plan: Plan | None,
     statistics: bool,
+    backward: Backward,
 ) -> tuple[Tensor, ...]:
     """(out, lse, heads, times), and (entropy, max_probability) if statistics are wanted; heads: raw reports."""
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
     plans = None if plan is None else torch.from_numpy(plan.words(q.shape[0], q.shape[1]))
     op = torch_op.forward_statistics_op if statistics else torch_op.forward_reported_op
-    results: tuple[Tensor, ...] = torch_op.call(op, q, k, v, attn_mask, key_lengths, *options, plans)
-    return results
+    rest: tuple[Any, ...] = (*options, plans)
+    if options.error > 0 and backward == "consistent" and _records(q, k, v):
+        op, rest = torch_op.forward_recorded_op, (*rest, statistics)
+    results: tuple[Tensor, ...] = torch_op.call(op, q, k, v, attn_mask, key_lengths, *rest)
+    return results[: 6 if statistics else 4]
 
 
 def backward(
@@ -53,12 +66,18 @@ def backward(
     return gradients
 
 
-def effective(options: CallOptions, *inputs: Any) -> CallOptions:
-    """The options that attention() runs with. Calls that record a gradient run exactly: the backward pass is exact, and
-    with the out and lse of an approximate forward pass its error would be twice that."""
-    if options.error > 0 and torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs):
+def effective(options: CallOptions, backward: Backward, *inputs: Any) -> CallOptions:
+    """The options that attention() runs with. Calls that record an exact gradient run exactly: with the out and lse of
+    an approximate forward pass the error of an exact backward pass would be twice that."""
+    if options.error > 0 and backward == "exact" and _records(*inputs):
         return options._replace(error=0.0)
     return options
+
+
+def _records(*inputs: Any) -> bool:
+    """Whether a gradient may be recorded; inside of torch.func's transforms tensors do not tell."""
+    wanted = any(getattr(x, "requires_grad", False) for x in inputs) or torch_op.transforms_active()
+    return torch.is_grad_enabled() and wanted
 
 
 def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:

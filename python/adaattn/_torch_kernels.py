@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from adaattn import _calls, _torch_arrays
-from adaattn._library import HEAD_REPORT_WORDS, STAGES
+from adaattn._library import HEAD_REPORT_WORDS, STAGES, panel_rows
 from adaattn._options import CallOptions
 from adaattn._torch_arrays import empty_in_order_of, empty_rows, view
 from adaattn.plan import PLAN_WORDS
+
+TILE_KEYS = 64
+_UNWRITTEN = 255  # no class of tiles
 
 
 def _run_forward(
@@ -26,6 +29,7 @@ def _run_forward(
     options: Any,
     make_results: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     plans: Tensor | None = None,
+    tile_classes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     views = view("q", q, q), view("k", k, q), view("v", v, q)
     mask_view = None if mask is None else view("attn_mask", mask, q, is_mask=True)
@@ -45,6 +49,7 @@ def _run_forward(
             heads,
             0 if plans is None else _checked_plans(plans, q).data_ptr(),
             times,
+            0 if tile_classes is None else tile_classes.data_ptr(),
         )
     return results
 
@@ -63,6 +68,13 @@ def forward_reported_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 def forward_statistics_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """(out, lse, heads, times, entropy, max_probability)."""
     return *forward_reported_results(q, v), empty_rows(q), empty_rows(q)
+
+
+def recorded_results(q: Tensor, k: Tensor, v: Tensor, statistics: bool) -> tuple[Tensor, ...]:
+    """(out, lse, heads, times, entropy, max_probability, tile_classes); without statistics the two are empty."""
+    shape = (*q.shape[:2], (q.shape[2] + panel_rows() - 1) // panel_rows(), (k.shape[2] + TILE_KEYS - 1) // TILE_KEYS)
+    rows = [empty_rows(q) if statistics else torch.empty(0, device=q.device) for _ in range(2)]
+    return *forward_reported_results(q, v), *rows, torch.full(shape, _UNWRITTEN, dtype=torch.uint8, device=q.device)
 
 
 def _checked_plans(plans: Tensor, q: Tensor) -> Tensor:
@@ -95,6 +107,54 @@ def forward_statistics(
     return _run_forward(q, k, v, attn_mask, key_lengths, options, forward_statistics_results, plans)
 
 
+def forward_recorded(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options_and_plans: Any
+) -> tuple[Tensor, ...]:
+    """What the backward pass of an adaptive forward pass needs, too: what became of each tile."""
+    *options, plans, statistics = options_and_plans
+    results = recorded_results(q, k, v, statistics)
+
+    def made(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return results[: 6 if statistics else 4]
+
+    _run_forward(q, k, v, attn_mask, key_lengths, options, made, plans, results[-1])
+    classes = results[-1].flatten(2)
+    tiled = _plan_words(results[2])[:, 0].reshape(q.shape[:2]) != 0
+    if classes.shape[2] and (tiled & (classes[..., 0] == _UNWRITTEN).cpu()).any():
+        raise NotImplementedError(
+            'the kernel that took this call does not say what became of its tiles: use backward="exact", or call it '
+            "under torch.no_grad()"
+        )
+    return results
+
+
+def _plan_words(heads: Tensor) -> Tensor:
+    """Plans [B * Hq, PLAN_WORDS] out of the reports of a call; the form is the first word."""
+    return heads.reshape(-1, HEAD_REPORT_WORDS).view(torch.int32)[:, :PLAN_WORDS].contiguous()
+
+
+def backward_recorded(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    heads: Tensor,
+    tile_classes: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """The gradient of what forward_recorded computed."""
+    plans = _plan_words(heads)
+    if not plans[:, 0].any():  # every head is dense: the exact gradient, and any mask
+        return backward(dout, q, k, v, attn_mask, key_lengths, out, lse, *options)
+    return _run_backward(
+        dout, q, k, v, attn_mask, key_lengths, out, lse, options, plans.data_ptr(), tile_classes.data_ptr()
+    )
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -105,6 +165,22 @@ def backward(
     out: Tensor,
     lse: Tensor,
     *options: Any,
+) -> tuple[Tensor, ...]:
+    return _run_backward(dout, q, k, v, attn_mask, key_lengths, out, lse, options, 0, 0)
+
+
+def _run_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: Any,
+    plans: int,
+    tile_classes: int,
 ) -> tuple[Tensor, ...]:
     inputs = view("q", q, q), view("k", k, q), view("v", v, q)
     mask = None if attn_mask is None else view("attn_mask", attn_mask, q, is_mask=True)
@@ -124,6 +200,8 @@ def backward(
             _torch_arrays.key_lengths_address(key_lengths, q),
             _backward_options(CallOptions(*options), q),
             _torch_arrays.execution_on(q),
+            plans,
+            tile_classes,
         )
     return gradients
 

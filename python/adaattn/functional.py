@@ -13,7 +13,7 @@ import numpy as np
 
 from adaattn import _numpy_calls, _options
 from adaattn._calls import describe as _describe_library
-from adaattn._options import Alignment, CallOptions, Guarantee, Window
+from adaattn._options import Alignment, Backward, CallOptions, Guarantee, Window
 from adaattn.metrics import HeadReports, Metrics, average_rank, stage_seconds
 from adaattn.plan import Plan, checked_plan
 
@@ -26,6 +26,7 @@ def attention(
     error: float = 0.0,
     guarantee: Guarantee = "measured",
     plan: Plan | None = None,
+    backward: Backward = "exact",
     is_causal: bool = False,
     attn_mask: Any = None,
     scale: float | None = None,
@@ -56,6 +57,9 @@ def attention(
             budget, which leaves less to save.
         plan: What each head starts with, for example another call's `metrics.heads.plan`; it is judged as the engine's
             own, and heads over budget run again. None: the engine plans. Not with error=0.
+        backward: With torch, what error > 0 means for calls that record a gradient. "exact": they run exactly.
+            "consistent": they use the budget, and the gradient is that of what was computed, with the classes of tiles
+            as constants; its error is about that of the output.
         is_causal: Hide every key after the diagonal. As in torch, not together with attn_mask.
         attn_mask: 1 to 4 dimensions, broadcastable to (B, Hq, Nq, Nk). Bool: True shows the key. Float32 or the dtype
             of q: added to the scaled scores. It gets no gradient; one that requires it is refused.
@@ -83,9 +87,11 @@ def attention(
     options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
     if plan is None and not return_metrics:
         _refuse_both(is_causal, attn_mask)
-        calls = _calls_for(q)
+        calls, backward = _calls_for(q), _options.checked_backward(backward)
         gqa = _options.flag("enable_gqa", enable_gqa)
-        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, calls.effective(options, q, k, v))
+        out, lse = calls.attention(
+            q, k, v, attn_mask, key_lengths, gqa, calls.effective(options, backward, q, k, v), backward
+        )
         return (out, lse) if return_lse else out
     result, _, _ = attention_reported(
         q,
@@ -94,6 +100,7 @@ def attention(
         error=error,
         guarantee=guarantee,
         plan=plan,
+        backward=backward,
         is_causal=is_causal,
         attn_mask=attn_mask,
         scale=scale,
@@ -117,6 +124,7 @@ def attention_reported(
     error: float = 0.0,
     guarantee: Guarantee = "measured",
     plan: Plan | None = None,
+    backward: Backward = "exact",
     is_causal: bool = False,
     attn_mask: Any = None,
     scale: float | None = None,
@@ -135,12 +143,13 @@ def attention_reported(
     calls = _calls_for(q)
     gqa = _options.flag("enable_gqa", enable_gqa)
     plan = checked_plan(plan, options.error)
-    asked, options = options, calls.effective(options, q, k, v)
+    backward = _options.checked_backward(backward)
+    asked, options = options, calls.effective(options, backward, q, k, v)
     if options.error == 0:
         plan = None
     facts, statistics = _facts(calls, q, k, v, attn_mask, gqa, options) if return_metrics else ({}, False)
     out, lse, words, times, *rows = calls.attention_reported(
-        q, k, v, attn_mask, key_lengths, gqa, options, plan, statistics
+        q, k, v, attn_mask, key_lengths, gqa, options, plan, statistics, backward
     )
     heads, seconds = HeadReports.from_words(words), stage_seconds(times)
     result = (out, lse) if return_lse else (out,)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from adaattn._checks import SUPPORTED_DTYPES, checked_budget
 from adaattn._mha_masks import additive, causal_mask, merge_masks, softmax_weights
-from adaattn._options import Guarantee
+from adaattn._options import Backward, Guarantee, checked_backward
 from adaattn.functional import attention
 from adaattn.metrics import Metrics
 from adaattn.policy import Policy
@@ -51,10 +51,12 @@ class AdaptiveAttention(nn.MultiheadAttention):
             0 is exact.
         guarantee: What the budget promises, "measured" or "bounded", see adaattn.attention.
         policy: Learns over calls how careful each head has to be. Several layers may share one.
+        backward: Whether calls that record a gradient run exactly ("exact") or use the budget and are differentiated as
+            they ran ("consistent"), see adaattn.attention.
 
     Raises:
         ValueError: num_heads does not divide embed_dim, a size is not positive, dropout is outside [0, 1], error is
-            negative or not finite, or guarantee is none.
+            negative or not finite, or guarantee or backward is none.
         TypeError: error is not a number, or policy is none.
 
     What no kernel does is done exactly by nn.MultiheadAttention itself, and metrics.fallback says why: dropout while
@@ -86,6 +88,7 @@ class AdaptiveAttention(nn.MultiheadAttention):
         error: float = 0.0,
         guarantee: Guarantee = "measured",
         policy: Policy | None = None,
+        backward: Backward = "exact",
     ) -> None:
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             if size is not None and size <= 0:
@@ -100,6 +103,7 @@ class AdaptiveAttention(nn.MultiheadAttention):
         self.enable_adaptive_rank = enable_adaptive_rank
         self.enable_adaptive_precision = enable_adaptive_precision
         self.error, self.guarantee, self.policy = checked_budget(error, guarantee, policy)
+        self.backward = checked_backward(backward)
         # nn.TransformerEncoderLayer's inference path reads the weights and never calls forward, unless there is a hook.
         self.register_forward_hook(_keep_off_the_fast_path)
 
@@ -186,6 +190,7 @@ class AdaptiveAttention(nn.MultiheadAttention):
                     v,
                     error=self._budget(),
                     guarantee=self.guarantee,
+                    backward=self.backward,
                     is_causal=call.is_causal and mask is None,
                     # attention() takes is_causal or a mask; a window that ends at the diagonal goes with both.
                     window=(None, 0) if call.is_causal and mask is not None else None,

@@ -1,5 +1,5 @@
-"""The torch operators adaattn::forward, forward_reported, forward_statistics, backward and merge, their autograd and
-autocast.
+"""The torch operators adaattn::forward, forward_reported, forward_statistics, forward_recorded, backward,
+backward_recorded and merge, their autograd and autocast.
 
 Importing this module registers them once. `adaattn.attention` and `adaattn.merge` are the way to call them, except for
 torch.ops.adaattn.backward(dout, q, k, v, attn_mask, key_lengths, out, lse, *options) -> (dq, dk, dv), which takes any
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,9 @@ from adaattn._options import CallOptions
 from adaattn._torch_kernels import (
     backward,
     backward_kernels,
+    backward_recorded,
     forward,
+    forward_recorded,
     forward_reported,
     forward_reported_results,
     forward_results,
@@ -31,11 +32,13 @@ from adaattn._torch_kernels import (
     merge_cpu,
     merge_cuda,
     merge_results,
+    recorded_results,
 )
 
 # What torch.library itself uses for this; private, so its absence only costs speed.
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
-_transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+"""Whether torch.func's transforms wrap the tensors of this call."""
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? key_lengths"
 _OPTIONS = (
@@ -44,6 +47,7 @@ _OPTIONS = (
 )
 _OPTION_COUNT = len(CallOptions._fields)
 _REPORTS = "Tensor heads, Tensor times"
+_RECORDED_RESULTS = 7  # of forward_recorded; no other operator has as many
 
 _library: Any = torch.library  # untyped
 _unpack_dual: Any = forward_ad.unpack_dual
@@ -53,7 +57,11 @@ for _schema in (
     f"forward_reported({_INPUTS}, {_OPTIONS}, Tensor? plans) -> (Tensor out, Tensor lse, {_REPORTS})",
     f"forward_statistics({_INPUTS}, {_OPTIONS}, Tensor? plans) -> (Tensor out, Tensor lse, {_REPORTS}, "
     "Tensor entropy, Tensor max_probability)",
+    f"forward_recorded({_INPUTS}, {_OPTIONS}, Tensor? plans, bool statistics) -> (Tensor out, Tensor lse, {_REPORTS}, "
+    "Tensor entropy, Tensor max_probability, Tensor tile_classes)",
     f"backward(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"backward_recorded(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, Tensor heads, Tensor tile_classes, {_OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
     "merge(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -61,7 +69,9 @@ for _schema in (
 forward_op = torch.ops.adaattn.forward.default
 forward_reported_op = torch.ops.adaattn.forward_reported.default
 forward_statistics_op = torch.ops.adaattn.forward_statistics.default
+forward_recorded_op = torch.ops.adaattn.forward_recorded.default
 backward_op = torch.ops.adaattn.backward.default
+backward_recorded_op = torch.ops.adaattn.backward_recorded.default
 merge_op = torch.ops.adaattn.merge.default
 
 
@@ -69,7 +79,9 @@ for _name, _kernel in (
     ("forward", forward),
     ("forward_reported", forward_reported),
     ("forward_statistics", forward_statistics),
+    ("forward_recorded", forward_recorded),
     ("backward", backward),
+    ("backward_recorded", backward_recorded),
 ):
     _lib.impl(_name, _kernel, "CPU")
     _lib.impl(_name, _kernel, "CUDA")
@@ -89,6 +101,10 @@ def _forward_statistics_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tup
     return forward_statistics_results(q, v)
 
 
+def _forward_recorded_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return recorded_results(q, k, v, rest[-1])
+
+
 def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return gradients_like(q, k, v)
 
@@ -97,7 +113,9 @@ for _name, _fake in (
     ("adaattn::forward", _forward_fake),
     ("adaattn::forward_reported", _forward_reported_fake),
     ("adaattn::forward_statistics", _forward_statistics_fake),
+    ("adaattn::forward_recorded", _forward_recorded_fake),
     ("adaattn::backward", _backward_fake),
+    ("adaattn::backward_recorded", _backward_fake),
     ("adaattn::merge", merge_results),
 ):
     _library.register_fake(_name, _fake, lib=_lib)
@@ -111,7 +129,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     q, k, v, attn_mask, key_lengths, *rest = inputs
     if any(ctx.needs_input_grad[:3]):
         refuse_without_backward("cuda" if q.is_cuda else "cpu")
-    ctx.save_for_backward(q, k, v, attn_mask, key_lengths, *output[:2])
+    # A recorded pass is differentiated as it was run: plans and classes of tiles are constants.
+    ctx.recorded = len(output) == _RECORDED_RESULTS
+    recorded = (output[2], output[-1]) if ctx.recorded else ()
+    ctx.save_for_backward(q, k, v, attn_mask, key_lengths, *output[:2], *recorded)
     ctx.options = rest[:_OPTION_COUNT]
     ctx.undifferentiated = 2 + len(rest)  # inputs after q, k and v
     ctx.mark_non_differentiable(*output[1:])
@@ -128,12 +149,14 @@ def refuse_without_backward(device: str) -> None:
 
 
 def _differentiate(
-    ctx: Any, dout: Tensor | None, *_: Any, run: Callable[..., Any] = backward_op
+    ctx: Any, dout: Tensor | None, *_: Any, run: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
     none = (None,) * ctx.undifferentiated
     if dout is None:
         return None, None, None, *none
-    gradients = run(dout, *ctx.saved_tensors, *ctx.options)
+    op = backward_recorded_op if ctx.recorded else backward_op
+    inputs = dout, *ctx.saved_tensors, *ctx.options
+    gradients = op(*inputs) if run is None else run(op, *inputs)
     wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
     return *wanted, *none
 
@@ -151,9 +174,10 @@ def _refuse_merge_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     )
 
 
-for _name in ("adaattn::forward", "adaattn::forward_reported", "adaattn::forward_statistics"):
-    _library.register_autograd(_name, _differentiate, setup_context=_save, lib=_lib)
-_library.register_autograd("adaattn::backward", _refuse_double_backward, lib=_lib)
+for _name in ("forward", "forward_reported", "forward_statistics", "forward_recorded"):
+    _library.register_autograd(f"adaattn::{_name}", _differentiate, setup_context=_save, lib=_lib)
+for _name in ("backward", "backward_recorded"):
+    _library.register_autograd(f"adaattn::{_name}", _refuse_double_backward, lib=_lib)
 _library.register_autograd("adaattn::merge", _refuse_double_backward, setup_context=_refuse_merge_gradient, lib=_lib)
 
 
@@ -171,7 +195,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         recorded = torch.is_grad_enabled()  # create_graph=True
-        run = _Gradients.apply if recorded else partial(_call_below_autograd, backward_op)
+        run = _Gradients.apply if recorded else _call_below_autograd
         return *_differentiate(ctx, *gradients, run=run), None
 
 
@@ -198,8 +222,8 @@ class _Gradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _call_below_autograd(backward_op, *inputs)
+    def forward(op: Any, *inputs: Any) -> Any:
+        return _call_below_autograd(op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -216,7 +240,7 @@ def call(op: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *re
         return op(q, k, v, attn_mask, *rest)
     if forward_ad._current_level >= 0 and any(_unpack_dual(x).tangent is not None for x in (q, k, v)):
         raise NotImplementedError("adaattn has no forward-mode derivatives: q, k or v is a dual tensor")
-    if _transforms_active() and torch.is_grad_enabled():  # their wrappers do not tell what requires grad
+    if transforms_active() and torch.is_grad_enabled():  # their wrappers do not tell what requires grad
         return _TransformedAttention.apply(q, k, v, attn_mask, *rest, op)
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
     if torch.is_grad_enabled() and (needs_grad or (attn_mask is not None and attn_mask.requires_grad)):
@@ -245,6 +269,6 @@ def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-for _op in (forward_op, forward_reported_op, forward_statistics_op):
+for _op in (forward_op, forward_reported_op, forward_statistics_op, forward_recorded_op):
     for _device in ("cpu", "cuda"):
         _register_autocast(_op, _device)

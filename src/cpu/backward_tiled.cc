@@ -335,9 +335,9 @@ void check_forward_pass(const adaattn_backward_args& args) {
              ", must be 0 (dense) or 1 (tiled), as a forward pass reports: other forms have no gradient of their own");
   }
   const std::int64_t count =
-      heads * ((args.q.shape[2] + panel - 1) / panel) * ((args.k.shape[2] + kGradientTile - 1) / kGradientTile);
-  for (std::int64_t i = 0; i < count; ++i)
-    if (args.tile_classes[i] > ADAATTN_TILE_HIGH)
+      (args.q.shape[2] + panel - 1) / panel * ((args.k.shape[2] + kGradientTile - 1) / kGradientTile);
+  for (std::int64_t i = 0; i < heads * count; ++i)
+    if (args.plans[i / count].form == ADAATTN_TILED && args.tile_classes[i] > ADAATTN_TILE_HIGH)
       refuse("tile_classes[", i, "] is ", static_cast<int>(args.tile_classes[i]), ", must be in 0..5");
 }
 

@@ -230,7 +230,7 @@ void plan_heads(const Engine& engine) {
     // The panels stand for equal parts of the rows. What they were off by was rounding alone.
     const double error = planned_error(args.options.error) * std::sqrt(pilot.norm) - std::sqrt(pilot.error);
     const bool pays = 1 - tile_work(args, pilot) >= kLeastSaving;
-    if (!(error > 0) || pilot.tiles == 0 || (!pays && asked(h) != ADAATTN_TILED)) continue;
+    if (!(error > 0) || pilot.tiles == 0 || !pays) continue;
     state.form = ADAATTN_TILED;
     state.allowed = error * error / static_cast<double>(pilot.tiles);
   }

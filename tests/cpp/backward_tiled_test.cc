@@ -293,7 +293,10 @@ TEST(BackwardTiledInput, IsChecked) {
   EXPECT_EQ(message(dense), "");
   EXPECT_NE(message(low_rank).find("plans[1].form is 2"), std::string::npos);
   classes[1] = 9;
-  EXPECT_NE(message(dense).find("tile_classes[1] is 9"), std::string::npos);
+  EXPECT_EQ(message(dense), "") << "dense heads have no classes";
+  std::vector<adaattn_head_plan> tiled(2);
+  tiled[0].form = tiled[1].form = ADAATTN_TILED;
+  EXPECT_NE(message(tiled).find("tile_classes[1] is 9"), std::string::npos);
 }
 
 }  // namespace

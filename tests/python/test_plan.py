@@ -37,7 +37,7 @@ def passed(monkeypatch):
     forward = _calls.forward
 
     def spy(*args):
-        address, (b, h) = args[-2], args[0][3:5]
+        address, (b, h) = args[12], args[0][3:5]  # plans and the shape of q
         size = b * h * RECORD.itemsize
         seen.append(np.frombuffer(ctypes.string_at(address, size), RECORD).reshape(b, h) if address else None)
         forward(*args)
