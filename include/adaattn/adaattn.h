@@ -126,6 +126,7 @@ typedef struct adaattn_head_report {
   int32_t escalations;    /* times the head was run again because its error was not accepted */
   int32_t reserved;       /* 0 */
   double estimated_error; /* relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads */
+  double estimated_limit; /* upper end of the estimate's confidence interval: what is held below the budget */
   double error_bound;     /* upper bound on it; INFINITY where none is known */
   double work;            /* multiply-adds, planning and verification included, over those of dense attention; 8-bit
                              ones count half */

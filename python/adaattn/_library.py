@@ -86,6 +86,7 @@ class HeadReport(ctypes.Structure):
         ("escalations", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("estimated_error", ctypes.c_double),
+        ("estimated_limit", ctypes.c_double),
         ("error_bound", ctypes.c_double),
         ("work", ctypes.c_double),
         ("tiles", ctypes.c_int64),

@@ -1,5 +1,6 @@
 // The C interface: validate, choose from the table, run; exceptions become a status and a message.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -13,6 +14,7 @@
 #include "cpu/tiled.h"
 #include "dispatch/kernel_table.h"
 #include "measure/measure.h"
+#include "plan/ladder.h"
 #include "reference/reference.h"
 
 namespace adaattn {
@@ -53,12 +55,24 @@ adaattn_status workspace(const Args* args, std::size_t* bytes) {
 // What the kernels of a budget overwrite.
 void report_dense(const adaattn_forward_args& args) {
   adaattn_head_report dense{};
-  dense.plan.form = ADAATTN_DENSE;
+  dense.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
   dense.error_bound = std::numeric_limits<double>::infinity();
   dense.work = 1;
-  if (args.heads != nullptr) std::fill_n(args.heads, args.q.shape[0] * args.q.shape[1], dense);
+  const std::int64_t heads = args.q.shape[0] * args.q.shape[1];
+  if (args.heads != nullptr) std::fill_n(args.heads, heads, dense);
+  if (args.tile_classes != nullptr)
+    std::fill_n(args.tile_classes, heads * cpu::tile_class_count(args), std::uint8_t{ADAATTN_TILE_HIGH});
+  if (args.times != nullptr) *args.times = {};
 }
 void report_dense(const adaattn_backward_args&) {}
+
+// Of kernels that have no stages.
+void count_as_attend(const adaattn_forward_args& args, double seconds) {
+  if (args.times == nullptr) return;
+  adaattn_stage_times& times = *args.times;
+  if (times.measure + times.plan + times.attend + times.verify == 0) times.attend = seconds;
+}
+void count_as_attend(const adaattn_backward_args&, double) {}
 
 template <typename Args>
 adaattn_status run(const Args* args) {
@@ -67,7 +81,9 @@ adaattn_status run(const Args* args) {
     const auto& kernel = choose(*args);
     validate_workspace(args->workspace, args->workspace_bytes, kernel.workspace(*args));
     report_dense(*args);
+    const auto start = std::chrono::steady_clock::now();
     kernel.run(*args);
+    count_as_attend(*args, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   });
 }
 

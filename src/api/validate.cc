@@ -167,6 +167,30 @@ void check_inputs(const Args& args, Need need) {
 
 }  // namespace
 
+namespace {
+
+// What no kernel could carry out; what this machine's kernels cannot is for them to say.
+void check_plan(std::int64_t index, const adaattn_head_plan& plan) {
+  const auto check = [&](bool fine, const char* field, auto value, const char* allowed) {
+    if (!fine) refuse("plans[", index, "].", field, " is ", value, ", must be ", allowed);
+  };
+  check(plan.form >= ADAATTN_AUTOMATIC && plan.form <= ADAATTN_LOW_RANK, "form", plan.form, "-1..2 (adaattn_form)");
+  if (plan.form == ADAATTN_AUTOMATIC) return;
+  const auto is_precision = [](std::int32_t p) {
+    return p >= ADAATTN_PRECISION_FLOAT32 && p <= ADAATTN_PRECISION_FLOAT8;
+  };
+  check(is_precision(plan.precision), "precision", plan.precision, "0..4 (adaattn_precision)");
+  check(is_precision(plan.low_precision), "low_precision", plan.low_precision, "0..4 (adaattn_precision)");
+  check(plan.pooled == 0 || plan.pooled == 1, "pooled", plan.pooled, "0 or 1");
+  check(plan.form == ADAATTN_LOW_RANK ? plan.rank >= 1 : plan.rank >= 0, "rank", plan.rank,
+        ">= 0, for low-rank heads >= 1");
+  check(plan.screen <= 0, "screen", plan.screen, "<= 0 (the logarithm of a share), or -infinity");
+  check(plan.low <= 0, "low", plan.low, "<= 0 (the logarithm of a share), or -infinity");
+  check(plan.drop >= 0 && plan.drop <= 1, "drop", plan.drop, "in 0..1");
+}
+
+}  // namespace
+
 void validate(const adaattn_forward_args& args, Need need) {
   check_inputs(args, need);
   if (need == Need::kInputs) return;
@@ -177,6 +201,10 @@ void validate(const adaattn_forward_args& args, Need need) {
   check_array("max_probability", args.max_probability, 4);
   check_array("heads", args.heads, alignof(adaattn_head_report));
   check_array("plans", args.plans, alignof(adaattn_head_plan));
+  if (args.plans != nullptr && args.options.error == 0)
+    refuse("plans are given, but options.error is 0: only a budget leaves a choice of plans");
+  for (std::int64_t h = 0; args.plans != nullptr && h < args.q.shape[0] * args.q.shape[1]; ++h)
+    check_plan(h, args.plans[h]);
   check_array("times", args.times, alignof(adaattn_stage_times));
 }
 

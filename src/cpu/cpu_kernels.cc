@@ -13,6 +13,7 @@
 #include "cpu/decode_plan.h"
 #include "cpu/forward.h"
 #include "cpu/forward_plan.h"
+#include "cpu/tile_costs.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -31,18 +32,38 @@ Reasons declines_decode(const adaattn_forward_args& args) {
   return declines(args).unless(group * args.q.shape[2] <= kMaxDecodeRows, "more than 8 query rows share a key head");
 }
 
+bool plans_can_run(const adaattn_forward_args& args) {
+  for (std::int64_t h = 0; args.plans != nullptr && h < args.q.shape[0] * args.q.shape[1]; ++h) {
+    const adaattn_head_plan& plan = args.plans[h];
+    const auto runs = [](std::int32_t precision) {
+      return precision != ADAATTN_PRECISION_FLOAT16 && precision != ADAATTN_PRECISION_FLOAT8;
+    };
+    if (plan.form != ADAATTN_AUTOMATIC &&
+        (plan.form == ADAATTN_LOW_RANK || !runs(plan.precision) || !runs(plan.low_precision)))
+      return false;
+  }
+  return true;
+}
+
 Reasons declines_adaptive(const adaattn_forward_args& args) {
-  // Planning and verification cost about as much as 400 rows of queries: below 4,096 tokens they eat the gain
-  // (measured: docs/decisions/0005-cpu-tiles.md), and the kernel runs only if it is named.
+  // Planning and verification cost about as much as 300 rows of queries. Low precision earns that from 1,024 tokens on,
+  // tiles left out alone from 4,096 (measured: docs/decisions/0005-cpu-tiles.md); below, the kernel runs if it is
+  // named.
+  const Copies copies = paying_copies();
+  const std::int64_t least = copies.int8 || copies.bfloat16 ? 1024 : 4096;
   const std::int64_t tokens = std::min(args.q.shape[2], args.k.shape[2]);
   return declines(args)
       .unless(args.options.error > 0, "the budget is 0: exact")
       .unless(args.options.guarantee == ADAATTN_MEASURED, "the error must be bounded, not measured")
       .unless(args.mask.data == nullptr, "takes no mask")
+      .unless(plans_can_run(args),
+              "a plan names a low rank, float16 or float8: it runs tiles in float32, bfloat16, int8")
       .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
               "takes no window")
-      .unless(tokens >= 1024, "takes 1,024 tokens or more")
-      .unless(tokens >= 4096 || args.options.kernel != nullptr, "fewer than 4,096 tokens leave nothing to gain");
+      .unless(tokens >= kClassTile, "takes 64 tokens or more")
+      .unless(tokens >= 4096 || args.options.error >= 4e-3 || args.options.kernel != nullptr || args.plans != nullptr,
+              "a budget below 4e-3 leaves fewer than 4,096 tokens nothing to gain")
+      .unless(tokens >= least || args.options.kernel != nullptr, "fewer than 4,096 tokens leave nothing to gain here");
 }
 
 Reasons declines_bounded(const adaattn_forward_args& args) {

@@ -14,152 +14,157 @@
 #include "cpu/panel-inl.h"
 #include "cpu/panel_mask.h"
 #include "cpu/rows.h"
+#include "cpu/screen_panel-inl.h"
 #include "cpu/simd/micro_gemm-inl.h"
 #include "cpu/simd/rows-inl.h"
+#include "cpu/tile_products-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace adaattn::cpu {
 namespace HWY_NAMESPACE {
 namespace {
 
-// Epilogue of screened scores: only the largest of each lane is kept.
-struct KeepTop {
-  Pair* top;
-  HWY_INLINE KeepTop at(std::size_t) const { return *this; }
-  HWY_INLINE void operator()(std::size_t, FloatVector low, FloatVector high) const {
-    top->low = hn::Max(top->low, low);
-    top->high = hn::Max(top->high, high);
-  }
-};
-
-// What a block's panels know of the tiles.
-struct BlockTiles {
-  std::size_t tiles;  // up to the last that the block sees
-  std::size_t panels;
-  std::int64_t key_end;  // past the last key that the block sees
-  const TiledScratch* scratch;
-  std::size_t summarised[kMaxBlock / kPanelLanes];
-
-  float* masses(std::size_t panel) const { return scratch->masses + panel * tiles * kPanelLanes; }
-  std::int32_t* list(std::size_t panel) const { return scratch->lists + panel * tiles; }
-  std::uint8_t* kept(std::size_t panel) const { return scratch->kept + panel * tiles; }
-};
-
-HWY_INLINE TileView view_screen_tile(const Visibility& visibility, const Panel& panel, std::size_t tile,
-                                     std::int64_t keys) {
-  const std::int64_t begin = static_cast<std::int64_t>(tile) * kScreenTile;
-  return view_tile(visibility, panel.rows, begin, std::min(begin + kScreenTile, keys));
+PanelQueries queries_of(const TiledScratch& scratch, std::size_t panel, std::size_t dim) {
+  float* rows = scratch.rows + panel * kQueryValues * kPanelLanes;
+  return {.q8 = scratch.q8 + panel * fours(dim) * kPanelLanes,
+          .q16 = scratch.q16 + panel * twos(dim) * kPanelLanes,
+          .bias = reinterpret_cast<std::int32_t*>(rows),
+          .q8_scale = rows + kPanelLanes,
+          .offset = rows + 2 * kPanelLanes};
 }
 
-// Marks the tiles whose best screened score comes near enough to the row's best for some row; the first tile, the
-// last that is seen and those that only part of the rows see stay in any case.
-HWY_NOINLINE void screen_panel(const ForwardPlan& plan, const Visibility& visibility, const Panel& panel,
-                               const Screen& screen, float threshold, const BlockTiles& block, std::size_t index,
-                               TileCounts& counts) {
-  const FloatTag d;
-  const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]);
-  const TiledScratch& scratch = *block.scratch;
-  StoreRows<false> store{scratch.screened_q, kPanelLanes};
-  panel_gemm<ALayout::kTransposed>(kScreenRank, screen.z, kScreenRank, panel.q, kPanelLanes, dim, store);
-  const FloatVector lowest = hn::Set(d, kNegativeInfinity);
-  Pair best = {lowest, lowest};
-  std::uint8_t* kept = block.kept(index);
-  for (std::size_t tile = 0; tile < block.tiles; ++tile) {
-    const TileView view = view_screen_tile(visibility, panel, tile, plan.args->k.shape[2]);
-    kept[tile] = static_cast<std::uint8_t>(view.begin < view.end);
-    if (view.begin >= view.end) continue;
-    ++counts.visible;
-    Pair top = {lowest, lowest};
-    KeepTop keep{&top};
-    panel_gemm<ALayout::kRowMajor>(static_cast<std::size_t>(view.end - view.begin),
-                                   screen.k + static_cast<std::size_t>(view.begin) * kScreenRank, kScreenRank,
-                                   scratch.screened_q, kPanelLanes, kScreenRank, keep);
-    store_pair(top, scratch.tops + tile * kPanelLanes);
-    if (!view.all_visible) continue;  // its best score may belong to a key that a row does not see
-    best = {hn::Max(best.low, top.low), hn::Max(best.high, top.high)};
-  }
-  const FloatVector margin = hn::Set(d, threshold);
-  const Pair limit = {hn::Add(best.low, margin), hn::Add(best.high, margin)};
-  for (std::size_t tile = 1; tile + 1 < block.tiles; ++tile) {
-    if (kept[tile] == 0 || !view_screen_tile(visibility, panel, tile, plan.args->k.shape[2]).all_visible) continue;
-    const Pair top = load_pair(scratch.tops + tile * kPanelLanes);
-    // "not below" keeps tiles with NaN
-    const bool below = hn::AllTrue(d, hn::Lt(top.low, limit.low)) && hn::AllTrue(d, hn::Lt(top.high, limit.high));
-    kept[tile] = static_cast<std::uint8_t>(!below);
-    counts.left_out += static_cast<std::int64_t>(below);
+bool uses(const adaattn_head_plan& rule, std::int32_t precision) {
+  return rule.precision == precision || (rule.low > kNever && rule.low_precision == precision);
+}
+
+// The panel's queries in the precisions that the rule names.
+void prepare_queries(const adaattn_head_plan& rule, const KeyHead& keys, const Panel& panel, std::size_t dim,
+                     const PanelQueries& to) {
+  if (uses(rule, ADAATTN_PRECISION_INT8)) quantize_queries(panel.q, dim, to.q8, to.q8_scale, to.bias);
+  if (uses(rule, ADAATTN_PRECISION_BFLOAT16)) queries_to_bfloat16(panel.q, dim, to.q16);
+  StoreRows<false> store{to.offset, kPanelLanes};
+  panel_gemm<ALayout::kRowMajor>(1, keys.mean, dim, panel.q, kPanelLanes, dim, store);
+}
+
+// One tile of keys, for all panels of a block.
+struct KeyTile {
+  std::size_t index;
+  std::int64_t first;
+  FloatRows k, v;  // where a panel computes in float32
+};
+
+template <class Keep>
+HWY_INLINE Pair masses(bool masked, const float* scores, std::size_t keys, Pair reference, const Keep& keep,
+                       Pair* moment) {
+  return masked ? tile_mass<true>(scores, keys, reference, keep, moment)
+                : tile_mass<false>(scores, keys, reference, keep, moment);
+}
+
+HWY_INLINE Pair tile_scores(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
+                            const KeyHead& keys, const Panel& panel, const PanelQueries& queries, const KeyTile& tile,
+                            std::size_t count) {
+  const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]), first = static_cast<std::size_t>(tile.first);
+  if (precision == ADAATTN_PRECISION_INT8)
+    return native_dots().int8 ? int8_scores<true>(keys.copy, first, count, dim, queries, scratch.scores)
+                              : int8_scores<false>(keys.copy, first, count, dim, queries, scratch.scores);
+  if (precision == ADAATTN_PRECISION_BFLOAT16)
+    return native_dots().bfloat16 ? bfloat16_scores<true>(keys.copy, first, count, dim, queries, scratch.scores)
+                                  : bfloat16_scores<false>(keys.copy, first, count, dim, queries, scratch.scores);
+  const FloatVector lowest = hn::Set(FloatTag(), kNegativeInfinity);
+  Pair top = {lowest, lowest};
+  StoreScores store{scratch.scores, &top};
+  panel_gemm<ALayout::kRowMajor>(count, tile.k.data, tile.k.ld, panel.q, kPanelLanes, dim, store);
+  return top;
+}
+
+HWY_INLINE void add_values(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
+                           const TiledScratch& tiled, const KeyHead& keys, const Panel& panel, const KeyTile& tile,
+                           std::size_t count, Pair p_scale) {
+  const auto dv = static_cast<std::size_t>(plan.args->v.shape[3]), first = static_cast<std::size_t>(tile.first);
+  if (precision == ADAATTN_PRECISION_INT8) {
+    if (native_dots().int8)
+      add_int8_values<true>(keys.copy, first, count, dv, tiled.probabilities, p_scale, panel.out);
+    else
+      add_int8_values<false>(keys.copy, first, count, dv, tiled.probabilities, p_scale, panel.out);
+  } else if (precision == ADAATTN_PRECISION_BFLOAT16) {
+    if (native_dots().bfloat16)
+      add_bfloat16_values<true>(keys.copy, first, count, dv, tiled.probabilities, panel.out);
+    else
+      add_bfloat16_values<false>(keys.copy, first, count, dv, tiled.probabilities, panel.out);
+  } else {
+    AddCompensated add{panel.out, panel.compensation};
+    panel_gemm<ALayout::kTransposed>(dv, tile.v.data, tile.v.ld, scratch.scores, kPanelLanes, count, add);
   }
 }
 
-// Scores to probabilities, in place; returns their sums. Where moment is not null it receives the sums of p * log2(p).
-template <bool kMasked>
-HWY_INLINE Pair tile_mass(float* scores, std::size_t keys, const RowState& state, Pair* moment) {
+// A tile's probabilities in bytes are relative to its own largest, 255; these are the references for that, and the
+// factors back to the running ones.
+struct ByteScale {
+  Pair reference, factor, shift;  // shift: log2 of factor, before it is held above 2^-126
+};
+HWY_INLINE ByteScale byte_scale(Pair top, Pair reference) {
   const FloatTag d;
-  const FloatVector log2e = hn::Set(d, kLog2E), hidden = hn::Set(d, kNegativeInfinity);
-  const Pair reference = load_pair(state.reference);
-  Pair sums[2] = {{hn::Zero(d), hn::Zero(d)}, {hn::Zero(d), hn::Zero(d)}};
-  if (moment != nullptr) *moment = sums[0];
-  for (std::size_t key = 0; key < keys; ++key) {
-    const Pair score = load_pair(scores + key * kPanelLanes);
-    Pair p = {exp2_near_zero(hn::MulSub(score.low, log2e, reference.low)),
-              exp2_near_zero(hn::MulSub(score.high, log2e, reference.high))};
-    if constexpr (kMasked)
-      p = {hn::IfThenZeroElse(hn::Eq(score.low, hidden), p.low),
-           hn::IfThenZeroElse(hn::Eq(score.high, hidden), p.high)};
-    store_pair(p, scores + key * kPanelLanes);
-    if (moment != nullptr) {
-      const Pair x = {hn::MulSub(score.low, log2e, reference.low), hn::MulSub(score.high, log2e, reference.high)};
-      const auto none = hn::Zero(d);  // a hidden score is -inf, and 0 * -inf is not 0
-      moment->low = hn::Add(moment->low, hn::IfThenZeroElse(hn::Eq(p.low, none), hn::Mul(p.low, x.low)));
-      moment->high = hn::Add(moment->high, hn::IfThenZeroElse(hn::Eq(p.high, none), hn::Mul(p.high, x.high)));
-    }
-    Pair& sum = sums[key % 2];
-    sum = {hn::Add(sum.low, p.low), hn::Add(sum.high, p.high)};
-  }
-  return {hn::Add(sums[0].low, sums[1].low), hn::Add(sums[0].high, sums[1].high)};
+  const FloatVector lowest = hn::Set(d, std::numeric_limits<float>::lowest() / 4), log2e = hn::Set(d, kLog2E),
+                    range = hn::Set(d, 7.99435344F);  // log2(255)
+  const auto own = [&](FloatVector t) HWY_ATTR { return hn::Sub(hn::Max(hn::Mul(t, log2e), lowest), range); };
+  const Pair at = {own(top.low), own(top.high)};
+  const Pair shift = {hn::Sub(at.low, reference.low), hn::Sub(at.high, reference.high)};
+  return {at, {exp2_near_zero(shift.low), exp2_near_zero(shift.high)}, shift};
+}
+
+// p and moments relative to the running reference from those relative to the tile's.
+HWY_INLINE void to_running(const ByteScale& scale, Pair& mass, Pair* moment) {
+  if (moment != nullptr)
+    *moment = {hn::Mul(scale.factor.low, hn::MulAdd(scale.shift.low, mass.low, moment->low)),
+               hn::Mul(scale.factor.high, hn::MulAdd(scale.shift.high, mass.high, moment->high))};
+  mass = {hn::Mul(mass.low, scale.factor.low), hn::Mul(mass.high, scale.factor.high)};
 }
 
 HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch& scratch, const Visibility& visibility,
-                                   const Panel& panel, std::size_t tile, const FloatRows& k, const FloatRows& v,
-                                   float drop, BlockTiles& block, std::size_t index, TileCounts& counts) {
+                                   const Panel& panel, const KeyHead& keys, const adaattn_head_plan& rule,
+                                   const KeyTile& tile, BlockTiles& block, std::size_t index, TileCounts& counts) {
   const FloatTag d;
   const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]),
              dv = static_cast<std::size_t>(plan.args->v.shape[3]);
-  const std::int64_t first = static_cast<std::int64_t>(tile) * kScreenTile;
-  const TileView view = view_screen_tile(visibility, panel, tile, plan.args->k.shape[2]);
-  const auto keys = static_cast<std::size_t>(view.end - view.begin),
-             offset = static_cast<std::size_t>(view.begin - first);
-  Pair top = {hn::Set(d, kNegativeInfinity), hn::Set(d, kNegativeInfinity)};
-  StoreScores store_scores{scratch.scores, &top};
-  panel_gemm<ALayout::kRowMajor>(keys, k.data + offset * k.ld, k.ld, panel.q, kPanelLanes, dim, store_scores);
+  const TiledScratch& tiled = *block.scratch;
+  const TileView view = view_class_tile(visibility, panel, tile.index, plan.args->k.shape[2]);
+  const auto count = static_cast<std::size_t>(view.end - tile.first);
+  std::uint8_t& tile_class = block.classes(index)[tile.index];
+  const bool is_low = tile_class == ADAATTN_TILE_LOW;
+  const std::int32_t precision = is_low ? rule.low_precision : rule.precision;
+  Pair top = tile_scores(precision, plan, scratch, keys, panel, queries_of(tiled, index, dim), tile, count);
   if (!view.all_visible) {
-    const LaneBounds<kPanelLanes> bounds(visibility, panel.rows, first);
-    top = mask_scores(scratch.scores, keys, static_cast<std::int32_t>(offset), bounds, nullptr);
+    const LaneBounds<kPanelLanes> bounds(visibility, panel.rows, tile.first);
+    top = mask_scores(scratch.scores, count, 0, bounds, nullptr);
   }
   const RowState& state = panel.state;
   const Pair old_reference = load_pair(state.reference);
   bool moved = false;
   const FloatVector low = follow_reference(state.reference, state.top, top.low, moved);
   const FloatVector high = follow_reference(state.reference + kVectorLanes, state.top + kVectorLanes, top.high, moved);
-  std::size_t& summarised = block.summarised[index];
+  std::size_t& listed = block.listed[index];
   if (moved) {
     rescale(panel, dv, old_reference, {low, high});
-    scale_rows(block.masses(index), summarised, {low, high});
+    scale_rows(block.masses(index), listed, {low, high});
   }
   Pair moment;
   Pair* wanted = plan.args->entropy != nullptr ? &moment : nullptr;
-  const Pair mass = view.all_visible ? tile_mass<false>(scratch.scores, keys, state, wanted)
-                                     : tile_mass<true>(scratch.scores, keys, state, wanted);
+  const Pair reference = load_pair(state.reference);
+  ByteScale scale{};
+  Pair mass;
+  if (precision == ADAATTN_PRECISION_INT8) {
+    scale = byte_scale(top, reference);
+    mass = masses(!view.all_visible, scratch.scores, count, scale.reference, KeepBytes{tiled.probabilities}, wanted);
+    to_running(scale, mass, wanted);
+  } else if (precision == ADAATTN_PRECISION_BFLOAT16) {
+    mass = masses(!view.all_visible, scratch.scores, count, reference, KeepBFloat16{tiled.probabilities}, wanted);
+  } else {
+    mass = masses(!view.all_visible, scratch.scores, count, reference, KeepFloat{scratch.scores}, wanted);
+  }
   const Pair sum = load_pair(state.sum);
-  const FloatVector share = hn::Set(d, drop);
+  const FloatVector share = hn::Set(d, rule.drop);
   const bool small = hn::AllTrue(d, hn::Le(mass.low, hn::Mul(share, sum.low))) &&
                      hn::AllTrue(d, hn::Le(mass.high, hn::Mul(share, sum.high)));
-  if (small && view.all_visible) {  // what a row with hidden keys does not see must not reach it through the mean
-    store_pair(mass, block.masses(index) + summarised * kPanelLanes);
-    block.list(index)[summarised++] = static_cast<std::int32_t>(tile);
-    ++counts.summarised;
-    return;
-  }
-  ++counts.high;
   const AddCompensated add_sum{state.sum, state.compensation};
   add_sum.add(0, mass.low);
   add_sum.add(kVectorLanes, mass.high);
@@ -167,36 +172,82 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
     const Pair old = load_pair(state.moment);
     store_pair({hn::Add(old.low, moment.low), hn::Add(old.high, moment.high)}, state.moment);
   }
-  AddCompensated add{panel.out, panel.compensation};
-  panel_gemm<ALayout::kTransposed>(dv, v.data + offset * v.ld, v.ld, scratch.scores, kPanelLanes, keys, add);
-}
-
-// A summarised tile's part of the entropy, as if its mass lay evenly on its keys.
-void add_uniform_moments(const float* mass, float* moment) {
-  for (std::size_t lane = 0; lane < kPanelLanes; ++lane)
-    if (mass[lane] > 0) moment[lane] += mass[lane] * std::log2(mass[lane] / static_cast<float>(kScreenTile));
-}
-
-// out += sum over summarised tiles of mass * mean(v); their masses join the sum.
-HWY_NOINLINE void add_summaries(const ForwardPlan& plan, const Panel& panel, const Screen& screen,
-                                const BlockTiles& block, std::size_t index) {
-  const auto dv = static_cast<std::size_t>(plan.args->v.shape[3]), width = padded_width(plan.args->v.shape[3]);
-  const float* masses = block.masses(index);
-  const AddCompensated add_sum{panel.state.sum, panel.state.compensation};
-  for (std::size_t first = 0; first < block.summarised[index]; first += kKeyTile) {
-    const std::size_t count = std::min(kKeyTile, block.summarised[index] - first);
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto tile = static_cast<std::size_t>(block.list(index)[first + i]);
-      std::copy_n(screen.value_means + tile * width, width, block.scratch->values + i * width);
-      const Pair mass = load_pair(masses + (first + i) * kPanelLanes);
-      add_sum.add(0, mass.low);
-      add_sum.add(kVectorLanes, mass.high);
-      if (plan.args->entropy != nullptr) add_uniform_moments(masses + (first + i) * kPanelLanes, panel.state.moment);
-    }
-    AddCompensated add{panel.out, panel.compensation};
-    panel_gemm<ALayout::kTransposed>(dv, block.scratch->values, width, masses + first * kPanelLanes, kPanelLanes, count,
-                                     add);
+  // What a row with hidden keys does not see must not reach it through the mean, unless it is taken out again.
+  const bool summarised = small && view.all_visible;
+  if (summarised || precision == ADAATTN_PRECISION_INT8) {
+    store_pair(mass, block.masses(index) + listed * kPanelLanes);
+    block.list(index)[listed++] = static_cast<std::int32_t>(tile.index);
   }
+  if (summarised) {
+    tile_class = ADAATTN_TILE_SUMMARISED;
+    ++counts.summarised;
+    counts.summarised_low += static_cast<std::int64_t>(is_low);
+    return;
+  }
+  ++(is_low ? counts.low : counts.high);
+  add_values(precision, plan, scratch, tiled, keys, panel, tile, count, scale.factor);
+}
+
+// out += sum over listed tiles of mass * mean(v).
+HWY_NOINLINE void add_means(const ForwardPlan& plan, const Panel& panel, const KeyHead& keys, const BlockTiles& block,
+                            std::size_t index) {
+  const auto dv = static_cast<std::size_t>(plan.args->v.shape[3]), width = padded_width(plan.args->v.shape[3]);
+  for (std::size_t first = 0; first < block.listed[index]; first += kKeyTile) {
+    const std::size_t count = std::min(kKeyTile, block.listed[index] - first);
+    for (std::size_t i = 0; i < count; ++i)
+      std::copy_n(keys.value_means + static_cast<std::size_t>(block.list(index)[first + i]) * width, width,
+                  block.scratch->values + i * width);
+    AddCompensated add{panel.out, panel.compensation};
+    panel_gemm<ALayout::kTransposed>(dv, block.scratch->values, width, block.masses(index) + first * kPanelLanes,
+                                     kPanelLanes, count, add);
+  }
+}
+
+// Attends to the means of kPool keys each of the tiles that the screen left out, 64 at a time.
+HWY_NOINLINE void add_pools(const ForwardPlan& plan, const ForwardScratch& scratch, const Panel& panel,
+                            const KeyHead& keys, BlockTiles& block, std::size_t index) {
+  const FloatTag d;
+  const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]),
+             dv = static_cast<std::size_t>(plan.args->v.shape[3]), width = padded_width(plan.args->v.shape[3]);
+  const TiledScratch& tiled = *block.scratch;
+  std::size_t count = 0;
+  const auto flush = [&]() HWY_ATTR {
+    if (count == 0) return;
+    const FloatVector lowest = hn::Set(d, kNegativeInfinity), many = hn::Set(d, 2.77258872F);  // log(kPool)
+    Pair top = {lowest, lowest};
+    StoreScores store{scratch.scores, &top};
+    panel_gemm<ALayout::kRowMajor>(count, tiled.keys, dim, panel.q, kPanelLanes, dim, store);
+    for (std::size_t row = 0; row < count; ++row) {
+      const Pair score = load_pair(scratch.scores + row * kPanelLanes);
+      store_pair({hn::Add(score.low, many), hn::Add(score.high, many)}, scratch.scores + row * kPanelLanes);
+    }
+    const RowState& state = panel.state;
+    const Pair old_reference = load_pair(state.reference);
+    bool moved = false;
+    const FloatVector low = follow_reference(state.reference, state.top, hn::Add(top.low, many), moved);
+    const FloatVector high =
+        follow_reference(state.reference + kVectorLanes, state.top + kVectorLanes, hn::Add(top.high, many), moved);
+    if (moved) {
+      rescale(panel, dv, old_reference, {low, high});
+      scale_rows(block.masses(index), block.listed[index], {low, high});
+    }
+    const Pair mass =
+        tile_mass<false>(scratch.scores, count, load_pair(state.reference), KeepFloat{scratch.scores}, nullptr);
+    const AddCompensated add_sum{state.sum, state.compensation};
+    add_sum.add(0, mass.low);
+    add_sum.add(kVectorLanes, mass.high);
+    AddCompensated add{panel.out, panel.compensation};
+    panel_gemm<ALayout::kTransposed>(dv, tiled.values, width, scratch.scores, kPanelLanes, count, add);
+    count = 0;
+  };
+  for (std::size_t tile = 0; tile < block.tiles; ++tile) {
+    if (block.classes(index)[tile] != ADAATTN_TILE_POOLED) continue;
+    std::copy_n(keys.pooled_keys + tile * kPoolsOfTile * dim, kPoolsOfTile * dim, tiled.keys + count * dim);
+    std::copy_n(keys.pooled_values + tile * kPoolsOfTile * width, kPoolsOfTile * width, tiled.values + count * width);
+    count += kPoolsOfTile;
+    if (count == static_cast<std::size_t>(kClassTile)) flush();
+  }
+  flush();
 }
 
 PanelRows block_rows(const ForwardPlan& plan, std::int64_t task) {
@@ -208,60 +259,81 @@ PanelRows block_rows(const ForwardPlan& plan, std::int64_t task) {
           .count = std::min(plan.block, plan.rows - first)};
 }
 
-// Prepares the panels of a block and screens their tiles.
-BlockTiles screen_block(const ForwardPlan& plan, const Visibility& visibility, const PanelRows& rows,
-                        const Screen& screen, const TileRule& rule, const ForwardScratch& scratch,
-                        const TiledScratch& tiled, TileCounts& counts) {
+// Prepares the panels of a block and classes their tiles.
+BlockTiles class_block(const ForwardPlan& plan, const Visibility& visibility, const PanelRows& rows,
+                       const KeyHead& keys, const adaattn_head_plan& rule, const ForwardScratch& scratch,
+                       const TiledScratch& tiled, TileCounts& counts) {
   const KeyRange range = visible_keys(visibility, rows.first_query(), rows.last_query());
-  BlockTiles block = {.tiles = static_cast<std::size_t>((range.end + kScreenTile - 1) / kScreenTile),
+  BlockTiles block = {.tiles = static_cast<std::size_t>((range.end + kClassTile - 1) / kClassTile),
                       .panels = (static_cast<std::size_t>(rows.count) + kPanelLanes - 1) / kPanelLanes,
                       .key_end = range.end,
                       .scratch = &tiled,
-                      .summarised = {}};
+                      .listed = {}};
   for (std::size_t p = 0; p < block.panels; ++p) {
     const Panel panel = panel_at(plan, scratch, rows, p);
     begin_panel(plan, scratch, panel);
-    screen_panel(plan, visibility, panel, screen, rule.screen, block, p, counts);
+    class_panel(plan, visibility, panel, keys, rule, block, p, counts);
   }
   return block;
 }
 
-}  // namespace
-
-void screen_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen, const TileRule& rule,
-                 const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
-  screen_block(plan, visibility_of(plan, 0), block_rows(plan, task), screen, rule, scratch, tiled, counts);
+// Whether some panel has the tile in a precision that reads q, k and v as they are.
+bool reads_float(const BlockTiles& block, std::size_t tile, const adaattn_head_plan& rule) {
+  for (std::size_t p = 0; p < block.panels; ++p) {
+    const std::uint8_t c = block.classes(p)[tile];
+    if ((c == ADAATTN_TILE_HIGH && rule.precision == ADAATTN_PRECISION_FLOAT32) ||
+        (c == ADAATTN_TILE_LOW && rule.low_precision == ADAATTN_PRECISION_FLOAT32))
+      return true;
+  }
+  return false;
 }
 
-void tiled_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen, const TileRule& rule,
+void write_classes(const ForwardPlan& plan, const PanelRows& rows, const BlockTiles& block) {
+  const std::size_t tiles = tile_count(*plan.args);
+  for (std::size_t p = 0; p < block.panels; ++p) {
+    std::uint8_t* to = plan.args->tile_classes + (static_cast<std::size_t>(rows.first) / kPanelLanes + p) * tiles;
+    std::copy_n(block.classes(p), block.tiles, to);
+    std::fill(to + block.tiles, to + tiles, static_cast<std::uint8_t>(ADAATTN_TILE_HIDDEN));
+  }
+}
+
+}  // namespace
+
+void class_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
+                const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
+  class_block(plan, visibility_of(plan, 0), block_rows(plan, task), keys, rule, scratch, tiled, counts);
+}
+
+void tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
                 const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
   const adaattn_forward_args& args = *plan.args;
   const auto d = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
   const PanelRows rows = block_rows(plan, task);
   const Visibility visibility = visibility_of(plan, 0);
-  BlockTiles block = screen_block(plan, visibility, rows, screen, rule, scratch, tiled, counts);
-  const std::size_t panels = block.panels;
+  BlockTiles block = class_block(plan, visibility, rows, keys, rule, scratch, tiled, counts);
+  for (std::size_t p = 0; p < block.panels; ++p)
+    prepare_queries(rule, keys, panel_at(plan, scratch, rows, p), d, queries_of(tiled, p, d));
   // Sinks first, then from the diagonal backwards: what comes late is then compared with nearly the whole sum.
   for (std::size_t step = 0; step < block.tiles; ++step) {
-    const std::size_t tile = step == 0 ? 0 : block.tiles - step;
-    bool wanted = false;
-    for (std::size_t p = 0; p < panels; ++p) wanted = wanted || block.kept(p)[tile] != 0;
-    if (!wanted) continue;
-    const std::int64_t begin = static_cast<std::int64_t>(tile) * kScreenTile,
-                       end = std::min(begin + kScreenTile, block.key_end);
-    const auto keys = static_cast<std::size_t>(end - begin);
-    const FloatRows k = float_rows(rows_of(args.k, 0, 0, begin), keys, d, scratch.k_tile);
-    const FloatRows v = float_rows(rows_of(args.v, 0, 0, begin), keys, dv, scratch.v_tile);
-    for (std::size_t p = 0; p < panels; ++p)
-      if (block.kept(p)[tile] != 0)
-        attend_kept_tile(plan, scratch, visibility, panel_at(plan, scratch, rows, p), tile, k, v, rule.drop, block, p,
+    KeyTile tile = {.index = step == 0 ? 0 : block.tiles - step, .first = 0, .k = {}, .v = {}};
+    tile.first = static_cast<std::int64_t>(tile.index) * kClassTile;
+    if (reads_float(block, tile.index, rule)) {
+      const auto count = static_cast<std::size_t>(std::min(kClassTile, block.key_end - tile.first));
+      tile.k = float_rows(rows_of(args.k, 0, 0, tile.first), count, d, scratch.k_tile);
+      tile.v = float_rows(rows_of(args.v, 0, 0, tile.first), count, dv, scratch.v_tile);
+    }
+    for (std::size_t p = 0; p < block.panels; ++p)
+      if (block.classes(p)[tile.index] >= ADAATTN_TILE_LOW)
+        attend_kept_tile(plan, scratch, visibility, panel_at(plan, scratch, rows, p), keys, rule, tile, block, p,
                          counts);
   }
-  for (std::size_t p = 0; p < panels; ++p) {
+  for (std::size_t p = 0; p < block.panels; ++p) {
     const Panel panel = panel_at(plan, scratch, rows, p);
-    add_summaries(plan, panel, screen, block, p);
+    if (rule.pooled != 0) add_pools(plan, scratch, panel, keys, block, p);
+    add_means(plan, panel, keys, block, p);
     finish_panel(plan, scratch, panel);
   }
+  if (args.tile_classes != nullptr) write_classes(plan, rows, block);
 }
 
 std::size_t lanes_of_panel() { return kPanelLanes; }
@@ -274,19 +346,19 @@ HWY_AFTER_NAMESPACE();
 namespace adaattn::cpu {
 
 HWY_EXPORT(tiled_task);
-HWY_EXPORT(screen_task);
+HWY_EXPORT(class_task);
 HWY_EXPORT(lanes_of_panel);
 
 std::size_t panel_rows() { return HWY_DYNAMIC_DISPATCH(lanes_of_panel)(); }
 
-void run_tiled_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen, const TileRule& rule,
+void run_tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
                     const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
-  HWY_DYNAMIC_DISPATCH(tiled_task)(plan, task, screen, rule, scratch, tiled, counts);
+  HWY_DYNAMIC_DISPATCH(tiled_task)(plan, task, keys, rule, scratch, tiled, counts);
 }
 
-void run_screen_task(const ForwardPlan& plan, std::int64_t task, const Screen& screen, const TileRule& rule,
+void run_screen_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
                      const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
-  HWY_DYNAMIC_DISPATCH(screen_task)(plan, task, screen, rule, scratch, tiled, counts);
+  HWY_DYNAMIC_DISPATCH(class_task)(plan, task, keys, rule, scratch, tiled, counts);
 }
 
 }  // namespace adaattn::cpu

@@ -237,7 +237,7 @@ def test_metrics_name_what_declined(rng):
     q, k, v = problem(rng)
     assert adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True)[1].fallback is None
     _, metrics = adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True, error=0.1)
-    assert "cpu_adaptive: takes 1,024 tokens or more" in metrics.fallback
+    assert "cpu_adaptive: takes 64 tokens or more" in metrics.fallback
     wide = np.ones((1, 1, 2, 300), np.float32)
     _, metrics = adaattn.attention(wide, wide, wide, return_metrics=True)
     assert metrics.kernel == "reference_fp64"

@@ -168,10 +168,13 @@ def kernels_for(q, k, v, **options):
 
 
 def backward_kernels(device="cpu"):
-    """Names of the exact backward kernels that this machine can run; cpu_tiled has test_backward.py."""
+    """Names of the backward kernels that this machine can run on the inputs alone."""
+    needs_plans = {"cpu_tiled"}
     return [
         kernel["name"]
         for kernel in adaattn.describe()["kernels"]
-        if kernel["operation"] == "backward" and kernel["device"] == device and not kernel["unavailable"]
-        if kernel["name"] != "cpu_tiled"
+        if kernel["operation"] == "backward"
+        and kernel["device"] == device
+        and not kernel["unavailable"]
+        and kernel["name"] not in needs_plans
     ]

@@ -1,0 +1,112 @@
+// One call of the adaptive kernel: what is known of each head, the workspace, and sub-problems of the call's problem.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/forward_plan.h"
+#include "cpu/head_problem.h"
+#include "cpu/key_head.h"
+#include "cpu/threads.h"
+#include "cpu/tiled.h"
+#include "plan/head_plan.h"
+#include "verify/estimate.h"
+
+namespace adaattn::cpu {
+
+constexpr auto kLanes = static_cast<std::int64_t>(kMaxPanelLanes);
+constexpr std::int64_t kPilotPanels = 4;  // panels of consecutive queries that a rule is tried on
+constexpr std::int64_t kPilotRows = kPilotPanels * kLanes;
+constexpr std::int64_t kTrialRows = kLanes;  // evenly spaced rows that precisions are tried on
+constexpr std::int64_t kLeastTiled = 2048;   // tokens from which on tiles are told apart
+
+struct HeadState {
+  adaattn_head_plan plan;
+  bool done;               // the head's output stands
+  ErrorEstimate estimate;  // 0 for dense float32 heads
+  TileCounts counts;
+  double work;  // share of dense attention's multiply-adds so far
+  int escalations;
+};
+
+struct ThreadScratch {
+  ForwardScratch forward;
+  TiledScratch tiled;
+  KeyHeadScratch key_head;
+  float *exact, *tried;  // [kPilotRows][Dv] rows for planning
+};
+
+// Heads go through the stages in waves of a few key heads, so that the workspace and the caches hold what a wave needs.
+struct Engine {
+  const adaattn_forward_args* args;
+  int threads;
+  Parts parts;
+  TileCosts work, time;
+  std::int64_t group;       // query heads per key head
+  std::int64_t key_heads;   // B * Hk
+  std::int64_t wave;        // key heads at once
+  std::int64_t first;       // key head of the wave's first
+  std::int64_t wave_heads;  // query heads of the wave now
+  KeyHead* keys;            // [wave]
+  HeadState* states;        // [wave * group]
+  float* probes;            // [wave * group][kProbeRows][Dv] exact rows, evenly spaced
+  ThreadScratch* scratch;   // [threads]
+
+  std::int64_t head(std::int64_t index) const { return first * group + index; }  // of the call, by index in the wave
+  const KeyHead& keys_of(std::int64_t index) const { return keys[index / group]; }
+  bool long_enough() const { return std::min(args->q.shape[2], args->k.shape[2]) >= kLeastTiled; }
+  float* probes_of(std::int64_t index) const { return probes + index * kProbeRows * args->v.shape[3]; }
+};
+
+// body(index, thread) for all indices, in any order.
+template <class Body>
+void for_all(const Engine& engine, std::int64_t count, Body body) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(engine.threads)
+  for (std::int64_t index = 0; index < count; ++index) body(index, omp_get_thread_num());
+}
+
+// The problem of one query head alone, tile classes, too.
+inline adaattn_forward_args head_of(const adaattn_forward_args& args, std::int64_t head) {
+  adaattn_forward_args one = head_problem(args, head);
+  if (args.tile_classes != nullptr) one.tile_classes = args.tile_classes + head * tile_class_count(args);
+  return one;
+}
+
+// count rows from first on, step apart, with the output as float32 in out [count][Dv] and no other results.
+struct RowsProblem {
+  adaattn_forward_args args;
+  ForwardPlan plan;
+
+  RowsProblem(const adaattn_forward_args& head, std::int64_t first, std::int64_t step, std::int64_t count, float* out)
+      : args(head) {
+    args.q.data = static_cast<std::byte*>(args.q.data) + offset_of(args.q, 0, 0, first, 0) * dtype_size(args.q.dtype);
+    args.q.shape[2] = count;
+    args.q.stride[2] *= step;
+    const std::int64_t dv = args.v.shape[3];
+    args.out = {.data = out,
+                .dtype = ADAATTN_FLOAT32,
+                .device = ADAATTN_CPU,
+                .shape = {1, 1, count, dv},
+                .stride = {0, 0, dv, 1}};
+    args.lse = args.entropy = args.max_probability = nullptr;
+    args.tile_classes = nullptr;
+    plan = make_forward_plan(args, 1);
+    plan.args = &args;
+    plan.query_count = head.q.shape[2];
+    plan.first_query = first;
+    plan.query_step = step;
+  }
+  RowsProblem(const RowsProblem&) = delete;
+  RowsProblem& operator=(const RowsProblem&) = delete;
+};
+
+inline bool is_dense_float32(const adaattn_head_plan& plan) {
+  return plan.form == ADAATTN_DENSE && plan.precision == ADAATTN_PRECISION_FLOAT32;
+}
+
+}  // namespace adaattn::cpu

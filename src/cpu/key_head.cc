@@ -1,0 +1,249 @@
+#include "cpu/key_head.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/key_head.cc"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/rows.h"
+#include "cpu/simd/micro_gemm-inl.h"
+#include "cpu/simd/rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace adaattn::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+// C[rows][columns] = A B (or += with kAdd), columns a multiple of kPanelLanes.
+template <ALayout kLayout, bool kAdd>
+void product(std::size_t rows, const float* a, std::size_t lda, const float* b, std::size_t ldb, std::size_t depth,
+             float* c, std::size_t ldc, std::size_t columns) {
+  for (std::size_t lane = 0; lane < columns; lane += kPanelLanes) {
+    StoreRows<kAdd> store{c + lane, ldc};
+    panel_gemm<kLayout>(rows, a, lda, b + lane, ldb, depth, store);
+  }
+}
+
+void subtract_mean(const float* mean, std::size_t count, std::size_t width, float* rows) {
+  for (std::size_t row = 0; row < count; ++row)
+    for (std::size_t c = 0; c < width; ++c) rows[row * width + c] -= mean[c];
+}
+
+// Every step-th of the first rows, in chunks of at most kKeyTile, as float32 rows of the given width: visit(chunk,
+// count).
+template <class Visit>
+void for_each_chunk(const adaattn_tensor& tensor, std::int64_t b, std::int64_t h, std::int64_t tokens,
+                    std::int64_t step, std::size_t width, float* chunk, Visit visit) {
+  const std::int64_t rows = (tokens + step - 1) / step;
+  for (std::int64_t first = 0; first < rows; first += static_cast<std::int64_t>(kKeyTile)) {
+    const auto count = static_cast<std::size_t>(std::min(static_cast<std::int64_t>(kKeyTile), rows - first));
+    Rows from = rows_of(tensor, b, h, first * step);
+    from.row_stride *= step;
+    convert_rows(from, count, width, chunk, width);
+    visit(first, count);
+  }
+}
+
+std::int64_t sample_step(std::int64_t rows) {
+  return std::max<std::int64_t>(1, rows / std::clamp(rows / 8, kLeastGramRows, kMostGramRows));
+}
+
+float dot(const float* a, const float* b, std::size_t count) {
+  const FloatTag d;
+  FloatVector sum = hn::Zero(d);
+  for (std::size_t at = 0; at < count; at += kVectorLanes)
+    sum = hn::MulAdd(hn::LoadU(d, a + at), hn::LoadU(d, b + at), sum);
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+void subtract(float factor, const float* from, float* to, std::size_t count) {
+  for (std::size_t at = 0; at < count; ++at) to[at] -= factor * from[at];
+}
+
+// Rows of y [kScreenRank][width] made orthonormal under gram: y gram y^T = I, twice over (Gram-Schmidt). t receives
+// y gram. Rows that hold nothing new become 0. What lies past dim is 0.
+void orthonormalize(const float* gram, std::size_t dim, std::size_t width, float* y, float* t) {
+  for (int pass = 0; pass < 2; ++pass) {
+    product<ALayout::kRowMajor, false>(kScreenRank, y, width, gram, width, dim, t, width, width);
+    for (std::size_t j = 0; j < kScreenRank; ++j) {
+      float *yj = y + j * width, *tj = t + j * width;
+      const float before = dot(yj, tj, width);
+      for (std::size_t i = 0; i < j; ++i) {
+        const float along = dot(yj, t + i * width, width);
+        subtract(along, y + i * width, yj, width);
+        subtract(along, t + i * width, tj, width);
+      }
+      const float norm = dot(yj, tj, width);
+      // What float32 rounding leaves of a dependent row is about 1e-7 of it, squared.
+      const float factor = norm > 1e-12F * before && norm > 0 ? 1 / std::sqrt(norm) : 0.0F;
+      for (std::size_t c = 0; c < width; ++c) {
+        yj[c] *= factor;
+        tj[c] *= factor;
+      }
+    }
+  }
+}
+
+double trace_of_product(const float* a, const float* b, std::size_t dim, std::size_t width) {
+  double trace = 0;
+  for (std::size_t r = 0; r < dim; ++r)
+    for (std::size_t c = 0; c < dim; ++c) trace += static_cast<double>(a[r * width + c]) * b[r * width + c];
+  return trace;
+}
+
+// What differs from one coordinate to the next in no pattern that data has; the same on every run.
+float starting_value(std::size_t index) {
+  std::uint64_t x = index * 0x9E3779B97F4A7C15ULL;  // splitmix64
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
+  return static_cast<float>(static_cast<double>((x ^ (x >> 31)) >> 11) * 0x1p-52 - 1);
+}
+
+// The screen's basis: z, and y for the projection of the keys.
+void find_basis(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, std::int64_t nk,
+                const KeyHeadScratch& scratch, const KeyHead& to) {
+  const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
+  const std::int64_t group = args.q.shape[1] / args.k.shape[1], step_k = sample_step(nk),
+                     step_q = sample_step(args.q.shape[2]);
+  std::fill_n(scratch.gram_k, width * width, 0.0F);
+  for_each_chunk(args.k, b, key_head, nk, step_k, width, scratch.rows, [&](std::int64_t, std::size_t count) {
+    subtract_mean(to.mean, count, width, scratch.rows);
+    product<ALayout::kTransposed, true>(width, scratch.rows, width, scratch.rows, width, count, scratch.gram_k, width,
+                                        width);
+  });
+  std::fill_n(scratch.gram_q, width * width, 0.0F);
+  for (std::int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
+    for_each_chunk(args.q, b, h, args.q.shape[2], step_q, width, scratch.rows, [&](std::int64_t, std::size_t count) {
+      product<ALayout::kTransposed, true>(width, scratch.rows, width, scratch.rows, width, count, scratch.gram_q, width,
+                                          width);
+    });
+
+  for (std::size_t j = 0; j < kScreenRank; ++j)
+    for (std::size_t at = 0; at < width; ++at)
+      scratch.y[j * width + at] = at < dim ? starting_value(j * width + at) : 0.0F;
+  orthonormalize(scratch.gram_k, dim, width, scratch.y, scratch.t);
+  constexpr int kIterations = 2;
+  for (int iteration = 0; iteration < kIterations; ++iteration) {
+    product<ALayout::kRowMajor, false>(kScreenRank, scratch.t, width, scratch.gram_q, width, dim, scratch.y, width,
+                                       width);
+    orthonormalize(scratch.gram_k, dim, width, scratch.y, scratch.t);
+  }
+  // ||Q Z||^2 with orthonormal Kc Y is the energy of the product.
+  product<ALayout::kRowMajor, false>(kScreenRank, scratch.t, width, scratch.gram_q, width, dim, scratch.columns, width,
+                                     width);
+  double held = 0;
+  for (std::size_t j = 0; j < kScreenRank; ++j) held += dot(scratch.columns + j * width, scratch.t + j * width, width);
+  const double all = trace_of_product(scratch.gram_q, scratch.gram_k, dim, width);
+  *to.energy = all > 0 ? static_cast<float>(held / all) : 1.0F;
+  for (std::size_t c = 0; c < dim; ++c)
+    for (std::size_t j = 0; j < kScreenRank; ++j) to.z[c * kScreenRank + j] = scratch.t[j * width + c];
+  std::fill_n(scratch.columns, width * kRankColumns, 0.0F);
+  for (std::size_t c = 0; c < dim; ++c)
+    for (std::size_t j = 0; j < kScreenRank; ++j) scratch.columns[c * kRankColumns + j] = scratch.y[j * width + c];
+}
+
+// The keys' coordinates in the screen as bytes, one scale for the tile.
+void screen_to_bytes(const float* projected, std::size_t count, std::uint8_t* to, float* scale) {
+  float largest = 0;
+  for (std::size_t row = 0; row < count; ++row)
+    for (std::size_t j = 0; j < kScreenRank; ++j)
+      largest = std::max(largest, std::abs(projected[row * kRankColumns + j]));
+  const float inverse = largest > 0 ? 127 / largest : 0;
+  *scale = largest / 127;
+  for (std::size_t row = 0; row < count; ++row)
+    for (std::size_t j = 0; j < kScreenRank; ++j)
+      to[row * kScreenRank + j] = static_cast<std::uint8_t>(projected[row * kRankColumns + j] * inverse + 128.5F);
+}
+
+// to[c] = mean of column c over the rows, plus add[c] (which may be null).
+void column_means(const float* rows, std::size_t ld, std::size_t count, std::size_t columns, const float* add,
+                  float* to) {
+  std::fill_n(to, columns, 0.0F);
+  for (std::size_t row = 0; row < count; ++row)
+    for (std::size_t c = 0; c < columns; ++c) to[c] += rows[row * ld + c];
+  const float factor = 1 / static_cast<float>(count);
+  for (std::size_t c = 0; c < columns; ++c) to[c] = to[c] * factor + (add != nullptr ? add[c] : 0);
+}
+
+// One tile of keys (less their mean) and values: everything that is kept of it.
+void build_tile(const adaattn_forward_args& args, const float* k, std::size_t ld_k, const float* v, std::size_t ld_v,
+                std::size_t first, std::size_t count, const KeyHeadScratch& scratch, const KeyHead& to) {
+  const auto dim = static_cast<std::size_t>(args.q.shape[3]), dim_v = static_cast<std::size_t>(args.v.shape[3]);
+  const std::size_t tile = first / static_cast<std::size_t>(kClassTile), width_v = padded_width(args.v.shape[3]);
+  if (to.screened)
+    product<ALayout::kRowMajor, false>(count, k, ld_k, scratch.columns, kRankColumns, dim, scratch.projected,
+                                       kRankColumns, kRankColumns);
+  if (!to.screened) {
+  } else if (to.k8 != nullptr) {
+    screen_to_bytes(scratch.projected, count, to.k8 + first * kScreenRank, to.k8_scale + tile);
+  } else {
+    for (std::size_t row = 0; row < count; ++row)
+      std::copy_n(scratch.projected + row * kRankColumns, kScreenRank, to.k + (first + row) * kScreenRank);
+  }
+  float* mean = to.value_means + tile * width_v;
+  std::fill_n(mean, width_v, 0.0F);
+  column_means(v, ld_v, count, dim_v, nullptr, mean);
+  if (to.screened && count == static_cast<std::size_t>(kClassTile))  // the screen leaves out whole tiles alone
+    for (std::size_t pool = 0; pool < kPoolsOfTile; ++pool) {
+      float* values = to.pooled_values + (tile * kPoolsOfTile + pool) * width_v;
+      std::fill_n(values, width_v, 0.0F);
+      column_means(k + pool * kPool * ld_k, ld_k, kPool, dim, to.mean,
+                   to.pooled_keys + (tile * kPoolsOfTile + pool) * dim);
+      column_means(v + pool * kPool * ld_v, ld_v, kPool, dim_v, nullptr, values);
+    }
+  quantize_tile(k, ld_k, dim, v, ld_v, dim_v, mean, first, count, to.copies, to.copy);
+}
+
+}  // namespace
+
+void build_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+                      const KeyHeadScratch& scratch, const KeyHead& to) {
+  const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
+  const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
+  const std::int64_t nk = args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
+
+  std::fill_n(to.mean, width, 0.0F);
+  const std::int64_t step_k = sample_step(nk);
+  std::size_t sampled = 0;
+  for_each_chunk(args.k, b, key_head, nk, step_k, width, scratch.rows, [&](std::int64_t, std::size_t count) {
+    for (std::size_t row = 0; row < count; ++row)
+      for (std::size_t c = 0; c < dim; ++c) to.mean[c] += scratch.rows[row * width + c];
+    sampled += count;
+  });
+  for (std::size_t c = 0; c < dim; ++c) to.mean[c] /= static_cast<float>(std::max<std::size_t>(sampled, 1));
+
+  if (to.screened) find_basis(args, b, key_head, nk, scratch, to);
+  *to.finite = true;
+  for (std::int64_t first = 0; first < nk && *to.finite; first += kClassTile) {
+    const auto count = static_cast<std::size_t>(std::min(kClassTile, nk - first));
+    convert_rows(rows_of(args.k, b, key_head, first), count, width, scratch.rows, width);
+    convert_rows(rows_of(args.v, b, key_head, first), count, width_v, scratch.values, width_v);
+    *to.finite = all_finite({scratch.rows, width}, count, dim) && all_finite({scratch.values, width_v}, count, dim_v);
+    subtract_mean(to.mean, count, width, scratch.rows);
+    if (*to.finite)
+      build_tile(args, scratch.rows, width, scratch.values, width_v, static_cast<std::size_t>(first), count, scratch,
+                 to);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace adaattn::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace adaattn::cpu {
+
+HWY_EXPORT(build_for_target);
+
+void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+                    const KeyHeadScratch& scratch, const KeyHead& to) {
+  HWY_DYNAMIC_DISPATCH(build_for_target)(args, b, key_head, scratch, to);
+}
+
+}  // namespace adaattn::cpu
+#endif

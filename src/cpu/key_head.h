@@ -1,0 +1,98 @@
+// What the adaptive kernel knows of one (batch, key head) before it attends: the screen, tiles' means, low precision.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/quantized.h"
+
+namespace adaattn::cpu {
+
+// The screen: rank-r stand-ins for q and k whose scores say, at r / D of the cost, which tiles of keys can matter.
+//
+// Q Kc^T (keys less their mean, which no softmax sees) is replaced by (Q Z) (Kc Y)^T with Y, Z [D][r]. For a given Y
+// with Y^T (Kc^T Kc) Y = I, Z = (Kc^T Kc) Y is the best choice (least squares), and the best Y spans the top
+// eigenvectors of (Q^T Q)(Kc^T Kc); a randomized subspace iteration finds it (Halko, Martinsson and Tropp, arXiv
+// 0909.4061, algorithm 4.4), without any decomposition larger than r x r.
+// (Keys of a tile, r and the sample: docs/decisions/0005-cpu-tiles.md.)
+constexpr std::size_t kScreenRank = 16;                             // r
+constexpr std::size_t kRankColumns = 32;                            // the same in whole panels
+constexpr std::int64_t kLeastGramRows = 256, kMostGramRows = 1024;  // evenly spaced, an eighth: the basis' sample
+constexpr std::size_t kPool = 16;                                   // keys of a pooled one
+constexpr std::size_t kPoolsOfTile = static_cast<std::size_t>(kClassTile) / kPool;
+
+// What is wanted of a KeyHead.
+struct Parts {
+  bool screen, int8_screen;
+  Copies copies;
+};
+
+// Arrays in the caller's workspace.
+struct KeyHead {
+  bool screened;         // whether there is a screen; else the next four and the pooled arrays are NULL
+  float* z;              // [D][kScreenRank], for q
+  float* k;              // [Nk in whole tiles][kScreenRank], Kc Y; NULL if there is k8
+  std::uint8_t* k8;      // the same as bytes, 128 more than the value, or NULL
+  float* k8_scale;       // [tiles]
+  float* mean;           // [D rounded up to panels], of (sampled) keys
+  float* value_means;    // [tiles][Dv rounded up to panels], mean of v over each tile
+  float* pooled_keys;    // [tiles][kPoolsOfTile][D], means of kPool neighbouring keys
+  float* pooled_values;  // [tiles][kPoolsOfTile][Dv rounded up to panels], of their values
+  float* energy;         // [1] share of ||Q Kc^T||_F^2 that the rank-r product holds, over the sampled rows
+  bool* finite;          // [1] whether k and v hold only finite values
+  Copies copies;
+  Quantized copy;
+};
+
+// Of one thread, while it builds a KeyHead.
+struct KeyHeadScratch {
+  float* rows;             // [kKeyTile][width], converted or centred rows
+  float* values;           // [kKeyTile][width]
+  float *gram_q, *gram_k;  // [width][width]
+  float *y, *t;            // [kScreenRank][width]
+  float* columns;          // [width][kRankColumns]
+  float* projected;        // [kKeyTile][kRankColumns]
+};
+
+inline KeyHead lay_out_key_head(const adaattn_forward_args& args, Parts parts, Scratch& scratch) {
+  const auto d = static_cast<std::size_t>(args.q.shape[3]), width_v = padded_width(args.v.shape[3]);
+  const std::size_t keys = whole(static_cast<std::size_t>(args.k.shape[2]), kClassTile), tiles = keys / kClassTile;
+  KeyHead head{};
+  head.screened = parts.screen;
+  head.copies = parts.copies;
+  head.mean = scratch.take<float>(padded_width(args.q.shape[3]));
+  head.value_means = scratch.take<float>(tiles * width_v);
+  head.energy = scratch.take<float>(1);
+  head.finite = scratch.take<bool>(1);
+  head.copy = lay_out_quantized(args, parts.copies, scratch);
+  if (!parts.screen) return head;
+  head.z = scratch.take<float>(d * kScreenRank);
+  if (parts.int8_screen)
+    head.k8 = scratch.take<std::uint8_t>(keys * kScreenRank);
+  else
+    head.k = scratch.take<float>(keys * kScreenRank);
+  head.k8_scale = scratch.take<float>(tiles);
+  head.pooled_keys = scratch.take<float>(tiles * kPoolsOfTile * d);
+  head.pooled_values = scratch.take<float>(tiles * kPoolsOfTile * width_v);
+  return head;
+}
+
+inline KeyHeadScratch lay_out_key_head_thread(const adaattn_forward_args& args, Scratch& scratch) {
+  const std::size_t width = padded_width(std::max(args.q.shape[3], args.v.shape[3]));
+  return {.rows = scratch.take<float>(kKeyTile * width),
+          .values = scratch.take<float>(kKeyTile * width),
+          .gram_q = scratch.take<float>(width * width),
+          .gram_k = scratch.take<float>(width * width),
+          .y = scratch.take<float>(width * kScreenRank),
+          .t = scratch.take<float>(width * kScreenRank),
+          .columns = scratch.take<float>(width * kRankColumns),
+          .projected = scratch.take<float>(kKeyTile * kRankColumns)};
+}
+
+// Fills the parts for one (batch, key head) and all query heads that share it. Directions of the screen beyond those
+// that q and k have come out as 0.
+void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+                    const KeyHeadScratch& scratch, const KeyHead& to);
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,224 @@
+#include "cpu/pilot.h"
+
+#include <limits>
+
+#include "cpu/forward.h"
+#include "plan/ladder.h"
+
+namespace adaattn::cpu {
+namespace {
+
+// Some rows of a head: count from first on, step apart.
+struct RowSet {
+  std::int64_t first, step, count;
+};
+
+// Evenly spaced, an odd number of rows apart: they then stand at every place of a panel, and a row at its edge errs
+// differently from one in its middle.
+RowSet spaced_rows(const Engine& engine, std::int64_t count) {
+  const std::int64_t rows = engine.args->q.shape[2];
+  count = std::min(count, rows);
+  const std::int64_t step = (rows / count - 1) | 1;
+  return {.first = (rows - 1 - step * (count - 1)) / 2, .step = step, .count = count};
+}
+
+RowSet probe_rows(const Engine& engine) {
+  return spaced_rows(engine, std::clamp<std::int64_t>(engine.args->q.shape[2] / 32, kTrialRows, kProbeRows));
+}
+
+// A panel in the middle of one of kPilotPanels equal parts of the sequence.
+RowSet pilot_rows(const Engine& engine, std::int64_t panel) {
+  const std::int64_t panels = engine.args->q.shape[2] / kLanes;
+  return {.first = (2 * panel + 1) * panels / (2 * kPilotPanels) * kLanes, .step = 1, .count = kLanes};
+}
+
+// One head while it is planned.
+class Pilot {
+ public:
+  Pilot(const Engine& engine, std::int64_t index, int thread)
+      : engine_(engine),
+        index_(index),
+        state_(engine.states[index]),
+        scratch_(engine.scratch[thread]),
+        head_(head_of(*engine.args, engine.head(index))),
+        error_(engine.args->options.error) {}
+
+  void run() {
+    state_ = {.plan = dense_plan(ADAATTN_PRECISION_FLOAT32),
+              .done = false,
+              .estimate = {},
+              .counts = {},
+              .work = 0,
+              .escalations = 0};
+    if (!*engine_.keys_of(index_).finite) return;
+    const adaattn_head_plan* given = engine_.args->plans;
+    if (given != nullptr && given[engine_.head(index_)].form != ADAATTN_AUTOMATIC)
+      state_.plan = given[engine_.head(index_)];
+    else
+      choose();
+    if (is_dense_float32(state_.plan)) return;
+    run_exactly(probe_rows(engine_), engine_.probes_of(index_));
+  }
+
+ private:
+  void choose() {
+    double best = 1 - kLeastGain;
+    const auto consider = [&](const adaattn_head_plan& plan, double cost) {
+      if (cost > best) return;
+      best = cost;
+      state_.plan = plan;
+    };
+    const double none = std::numeric_limits<double>::infinity();
+    double int8 = none, bfloat16 = none;
+    const Copies& copies = engine_.parts.copies;
+    if (copies.int8 || copies.bfloat16) {
+      const RowSet rows = spaced_rows(engine_, kTrialRows);
+      run_exactly(rows, scratch_.exact);
+      if (copies.int8) int8 = try_dense(ADAATTN_PRECISION_INT8, rows);
+      if (copies.bfloat16) bfloat16 = try_dense(ADAATTN_PRECISION_BFLOAT16, rows);
+      if (bfloat16 <= kAlone * error_)
+        consider(dense_plan(ADAATTN_PRECISION_BFLOAT16), dense_cost(ADAATTN_PRECISION_BFLOAT16));
+      if (int8 <= kAlone * error_) consider(dense_plan(ADAATTN_PRECISION_INT8), dense_cost(ADAATTN_PRECISION_INT8));
+    }
+    Precisions precisions = precisions_for(error_, int8, bfloat16);
+    if (!engine_.long_enough()) return;
+    const bool screened = leaves_out(precisions);
+    // Without a screen nothing tells tiles apart before they are scored: then all are low, or nothing is to be had.
+    if (!screened && (precisions.low_share < 0 || engine_.args->k.shape[2] < kLeastUnscreened)) return;
+    const auto [plan, cost] = search(precisions, screened);
+    if (cost < best - kLeastGain / 2) consider(plan, cost);
+  }
+
+  static double dense_cost_of(const TileCosts& costs, std::int32_t precision) {
+    TileCounts all{};
+    all.visible = all.high = 1;
+    return cost_share(all, dense_plan(precision), costs);
+  }
+  double dense_cost(std::int32_t precision) const { return dense_cost_of(engine_.time, precision); }
+
+  double try_dense(std::int32_t precision, const RowSet& rows) {
+    run_by(dense_plan(precision), rows, scratch_.tried);
+    return compare(rows.count);
+  }
+
+  // Whether the loosest screen leaves out enough for a look: else a head is settled at the price of the screen.
+  bool leaves_out(const Precisions& precisions) {
+    const adaattn_head_plan plan = tiled_plan(error_, 0, precisions);
+    TileCounts counts;
+    for (std::int64_t panel = 0; panel < kPilotPanels; ++panel) {
+      const RowSet set = pilot_rows(engine_, panel);
+      const RowsProblem rows(head_, set.first, set.step, set.count, scratch_.tried);
+      run_screen_task(rows.plan, 0, engine_.keys_of(index_), plan, scratch_.forward, scratch_.tiled, counts);
+    }
+    state_.work += share(kPilotRows) * engine_.work.screen / 2;
+    return static_cast<double>(counts.dropped) >= kLeastDropped * static_cast<double>(counts.visible);
+  }
+
+  struct Choice {
+    adaattn_head_plan plan;
+    double cost;
+  };
+
+  Choice search(const Precisions& precisions, bool screened) {
+    const std::int64_t size = kLanes * head_.v.shape[3];
+    for (std::int64_t panel = 0; panel < kPilotPanels; ++panel)
+      run_exactly(pilot_rows(engine_, panel), scratch_.exact + panel * size);
+    LevelSearch levels;
+    if (!screened) levels.high = kUnscreenedLevels;
+    Choice best = {dense_plan(ADAATTN_PRECISION_FLOAT32), 1};
+    while (!levels.done()) {
+      adaattn_head_plan plan = tiled_plan(error_, levels.next(), precisions);
+      if (!screened) plan.screen = kNever;
+      TileCounts counts;
+      for (std::int64_t panel = 0; panel < kPilotPanels; ++panel)
+        counts = add(counts, run_by(plan, pilot_rows(engine_, panel), scratch_.tried + panel * size));
+      const double cost = cost_share(counts, plan, engine_.time);
+      if (cost > 1 - kLeastGain) {  // more careful ones save less
+        levels.high = levels.next();
+        continue;
+      }
+      const bool accepted = compare(kPilotRows) <= kPilotShare * error_;
+      if (accepted) best = {plan, cost};
+      levels.record(accepted);
+    }
+    return best;
+  }
+
+  double share(std::int64_t rows) const {
+    return static_cast<double>(rows) / static_cast<double>(engine_.args->q.shape[2]);
+  }
+
+  void run_exactly(const RowSet& set, float* out) {
+    const RowsProblem rows(head_, set.first, set.step, set.count, out);
+    for (std::int64_t task = 0; task < rows.plan.tasks; ++task) run_forward_task(rows.plan, task, scratch_.forward);
+    state_.work += share(set.count);
+  }
+
+  TileCounts run_by(const adaattn_head_plan& plan, const RowSet& set, float* out) {
+    const RowsProblem rows(head_, set.first, set.step, set.count, out);
+    TileCounts counts;
+    for (std::int64_t task = 0; task < rows.plan.tasks; ++task)
+      run_tiled_task(rows.plan, task, engine_.keys_of(index_), plan, scratch_.forward, scratch_.tiled, counts);
+    state_.work += share(set.count) * cost_share(counts, plan, engine_.work);
+    return counts;
+  }
+
+  // Relative error of what was tried on rows that were run exactly.
+  double compare(std::int64_t rows) const {
+    double error = 0, norm = 0;
+    for (std::int64_t i = 0; i < rows * head_.v.shape[3]; ++i) {
+      const double difference = static_cast<double>(scratch_.tried[i]) - scratch_.exact[i];
+      error += difference * difference;
+      norm += static_cast<double>(scratch_.exact[i]) * scratch_.exact[i];
+    }
+    return error == 0 ? 0 : std::sqrt(error / norm);
+  }
+
+  static constexpr std::int64_t kLeastUnscreened = 8192;  // keys
+  static constexpr int kUnscreenedLevels = 3;
+  static constexpr double kLeastDropped = 0.05;
+  static constexpr double kPilotShare = 0.75;  // of the budget that pilot panels may use: they are few
+
+  const Engine& engine_;
+  std::int64_t index_;
+  HeadState& state_;
+  const ThreadScratch& scratch_;
+  adaattn_forward_args head_;
+  double error_;
+};
+
+}  // namespace
+
+ErrorEstimate probe_error(const Engine& engine, std::int64_t index) {
+  const adaattn_forward_args head = head_of(*engine.args, engine.head(index));
+  const float* exact = engine.probes_of(index);
+  const std::int64_t dv = head.v.shape[3], rows = head.q.shape[2];
+  const RowSet set = probe_rows(engine);
+  ProbeSums sums;
+  for (std::int64_t i = 0; i < set.count; ++i) {
+    double error = 0, norm = 0;
+    for (std::int64_t c = 0; c < dv; ++c) {
+      const float truth = exact[i * dv + c], got = load(head.out, 0, 0, set.first + i * set.step, c);
+      float rounded = 0;
+      store_element(&rounded, 0, head.out.dtype, truth);
+      const double difference = static_cast<double>(got) - truth;
+      const double rounding = static_cast<double>(load_element(&rounded, 0, head.out.dtype)) - truth;
+      error += difference * difference - rounding * rounding;
+      norm += static_cast<double>(truth) * truth;
+    }
+    sums.add(std::isnan(error) ? error : std::max(0.0, error), norm);
+  }
+  double head_norm = 0;
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t c = 0; c < dv; ++c) {
+      const double value = load(head.out, 0, 0, row, c);
+      head_norm += value * value;
+    }
+  return estimate_error(sums, static_cast<double>(rows), head_norm);
+}
+
+void plan_heads(const Engine& engine) {
+  for_all(engine, engine.wave_heads, [&](std::int64_t i, int thread) { Pilot(engine, i, thread).run(); });
+}
+
+}  // namespace adaattn::cpu

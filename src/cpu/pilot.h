@@ -1,0 +1,15 @@
+// Plans heads by trying: some rows exactly, then candidates on the same rows.
+#pragma once
+
+#include "cpu/engine.h"
+
+namespace adaattn::cpu {
+
+// Fills the states of the wave's heads: the caller's plans, or the cheapest whose error on trial rows is accepted.
+// Heads that are not dense in float32 get their exact probe rows.
+void plan_heads(const Engine& engine);
+
+// The error of a head's output from its probe rows, less what rounding to the output's dtype put there.
+ErrorEstimate probe_error(const Engine& engine, std::int64_t index);
+
+}  // namespace adaattn::cpu

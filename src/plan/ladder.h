@@ -1,0 +1,84 @@
+// Candidate plans for a head, from the budget and what was measured of the head; the same on every device.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "plan/head_plan.h"
+
+namespace adaattn {
+
+inline adaattn_head_plan dense_plan(std::int32_t precision) {
+  return {.form = ADAATTN_DENSE,
+          .precision = precision,
+          .low_precision = precision,
+          .pooled = 0,
+          .rank = 0,
+          .screen = kNever,
+          .low = kNever,
+          .drop = 0};
+}
+
+// Tiled plans from the loosest to the most careful; a head that none suits runs dense.
+constexpr int kRuleLevels = 8;
+
+// Of what a head's error is made: the precisions that its budget allows, and where low tiles begin.
+struct Precisions {
+  std::int32_t high, low;
+  float low_share;  // natural log, as in adaattn_head_plan.low
+};
+
+// Error and cost fall and rise with the level. Thresholds and steps were taken from a grid over heads of an 8,192-token
+// language model (docs/decisions/0005-cpu-tiles.md).
+inline adaattn_head_plan tiled_plan(double error, int level, const Precisions& precisions) {
+  const double careful = std::pow(0.45, level);
+  return {.form = ADAATTN_TILED,
+          .precision = precisions.high,
+          .low_precision = precisions.low,
+          .pooled = 0,
+          .rank = 0,
+          .screen = static_cast<float>(std::log(std::fmin(0.5, 48 * std::pow(error, 1.5) * careful))),
+          .low = precisions.low_share,
+          .drop = static_cast<float>(std::fmin(0.2, error * careful))};
+}
+
+// Which precisions a budget leaves to a head whose errors with everything in int8 and in bfloat16 are these (infinite:
+// not to be had). Up to kAlone of the budget may go into precision; a head with more in int8 keeps its best tiles, down
+// to half of the best share, in a higher precision.
+constexpr double kAlone = 0.75;
+inline Precisions precisions_for(double error, double int8_error, double bfloat16_error) {
+  constexpr float kHalf = -0.693147F;  // log(0.5)
+  const std::int32_t high = bfloat16_error <= kAlone * error ? ADAATTN_PRECISION_BFLOAT16 : ADAATTN_PRECISION_FLOAT32;
+  if (int8_error <= kAlone * error) return {high, ADAATTN_PRECISION_INT8, 0};
+  if (int8_error <= 4 * error && high == ADAATTN_PRECISION_BFLOAT16) return {high, ADAATTN_PRECISION_INT8, kHalf};
+  if (bfloat16_error <= 4 * error && high == ADAATTN_PRECISION_FLOAT32)
+    return {high, ADAATTN_PRECISION_BFLOAT16, kHalf};
+  return {high, high, kNever};
+}
+
+// The same plan, more careful, after it missed its budget; dense float32 in the end.
+inline adaattn_head_plan more_careful(adaattn_head_plan plan, double estimate, double error, int escalations) {
+  if (plan.form != ADAATTN_TILED || escalations > 2 || !(estimate < 4 * error))
+    return dense_plan(ADAATTN_PRECISION_FLOAT32);
+  plan.screen -= 1.2F;
+  plan.drop *= 0.3F;
+  if (plan.low == 0)
+    plan.low = -0.693147F;
+  else if (plan.low > kNever)
+    plan.low -= 1.2F;
+  return plan;
+}
+
+// The search for the loosest rule that a head's pilot accepts: bisection over the levels.
+struct LevelSearch {
+  int low = 0, high = kRuleLevels;  // rules before low are refused, high and those after are accepted (or untried)
+
+  int next() const { return low + (high - low) / 3; }  // a loose rule costs less to try than a careful one
+  bool done() const { return low == high; }
+  void record(bool accepted) { accepted ? high = next() : low = next() + 1; }
+};
+
+// A head leaves float32 only if it saves this share of its time, and is tiled only if that saves this much more.
+constexpr double kLeastGain = 0.1;
+
+}  // namespace adaattn
