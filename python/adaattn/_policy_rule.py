@@ -1,7 +1,7 @@
 """How adaattn.Policy moves the thresholds of one head from call to call: pure functions on plain numbers.
 
-The loop aims at a measured error of aim * budget, below what the engine accepts. With x = log(measured / aimed), each
-head keeps
+The engine holds something below the budget: the upper end of a measured error's confidence interval, or an error bound.
+The loop aims that at AIM of the budget. With x = log(held / aimed), each head keeps
 
     trend   the exponential moving average of x
     spread  that of |x - trend|, how far calls differ from each other
@@ -9,10 +9,11 @@ head keeps
 and judges itself by trend + SPREADS * spread, so that a head whose inputs vary stays further from its budget. The
 thresholds of a plan are shares of a row's softmax; the error of a head goes with the square root of the share, at most
 with the share itself (docs/decisions/0007-policy.md). So a step of the log share is booked in the trend at once, as the
-largest rise or the least fall that it may cause: no step is taken twice because its effect has not been seen yet.
+largest rise that it may cause: no step is taken twice because its effect has not been seen yet.
 
 A miss (the engine ran the head again) takes the engine's more careful plan, or a step back, whichever is more careful,
-at once; relaxing waits for PATIENCE quiet calls and goes in small steps.
+at once; relaxing waits for PATIENCE quiet calls and goes in small steps. Nothing tightens without a miss: part of an
+error may be that of a precision, which no threshold lowers.
 """
 
 from __future__ import annotations
@@ -22,22 +23,20 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adaattn._options import Guarantee
+from adaattn.plan import PRECISIONS
 
 AUTOMATIC, DENSE, TILED, LOW_RANK = "automatic", "dense", "tiled", "low_rank"
 
-AIM = {"measured": 0.5, "bounded": 0.8}
-"""Share of the budget that the loop aims at. Measured errors are accepted up to 1 / 1.6 of the budget, bounds up to all
-of it."""
+AIM = 0.8  # of the budget
 
 WEIGHT = 0.25  # of a new call in the averages: they look back over about four calls
 SPREADS = 2.0  # calls further than this above the trend are the misses that are left
-REFUSED = math.log(1.25)  # x of the smallest error that is not accepted: (1 / 1.6) / 0.5 or 1 / 0.8
+REFUSED = -math.log(AIM)  # x of the smallest error that is not accepted
 LEAST_SPREAD = 0.05  # of a head of which little is known
 LEAST_X = -3.0  # errors far below the aim are all the same
 DEAD_BAND = 0.05  # nats around the aim in which nothing moves
 GAIN = 0.5  # of the distance to the aim, per call
 MOST_RELAXING = 0.2  # nats of share per call
-MOST_TIGHTENING = 1.0
 BACK_OFF = 1.0  # nats of share, at least, on a miss
 PATIENCE = 4  # calls without a miss before a head relaxes
 FIRST_REST = 16  # calls that a head stays dense before it is planned again
@@ -60,18 +59,22 @@ class HeadRule:
     drop: float = 0.0
 
     def moved(self, nats: float) -> HeadRule:
-        """With all shares multiplied by exp(nats). What is off stays off."""
+        """With all shares multiplied by exp(nats). What is off stays off, and all low tiles (low = 0) stay all."""
         return replace(
             self,
             screen=min(self.screen + nats, LARGEST_SHARE),
-            low=min(self.low + nats, 0.0),
+            low=0.0 if self.low == 0 else min(self.low + nats, LARGEST_SHARE),
             drop=min(self.drop * math.exp(nats), 1.0),
         )
 
     def careful_as(self, other: HeadRule) -> HeadRule:
-        """With each threshold no larger than other's."""
+        """With each threshold no larger than other's, and no precision below its."""
         return replace(
             self,
+            precision=min(self.precision, other.precision, key=PRECISIONS.index),
+            low_precision=min(self.low_precision, other.low_precision, key=PRECISIONS.index),
+            pooled=self.pooled or other.pooled,
+            rank=max(self.rank, other.rank),
             screen=min(self.screen, other.screen),
             low=min(self.low, other.low),
             drop=min(self.drop, other.drop),
@@ -84,12 +87,12 @@ class HeadState:
 
     rule: HeadRule = HeadRule()
     trend: float | None = None
-    """Average of log(measured / aimed); None until a call was seen."""
+    """Average of x; None until a call was seen."""
     spread: float = LEAST_SPREAD
     patience: int = PATIENCE
     """Calls until it may relax."""
     rest: int = 0
-    """Calls that a dense head stays dense."""
+    """Calls that a dense head keeps its plan."""
     failures: int = 0
     """Times in a row that planning a dense head anew ended dense."""
 
@@ -122,13 +125,13 @@ class Seen:
 
     rule: HeadRule  # that gave the output
     escalated: bool
-    x: float  # log(measured / aimed), floored at LEAST_X
+    x: float  # log(held / aimed), floored at LEAST_X
     work: float  # share of dense
 
 
-def log_ratio(error: float, aimed: float) -> float:
-    """log(error / aimed) as Seen.x wants it."""
-    return max(math.log(error / aimed), LEAST_X) if error > 0 else LEAST_X
+def log_ratio(held: float, budget: float) -> float:
+    """Seen.x of a call."""
+    return max(math.log(held / (AIM * budget)), LEAST_X) if held > 0 else LEAST_X
 
 
 def next_rule(state: HeadState) -> HeadRule:
@@ -139,7 +142,7 @@ def next_rule(state: HeadState) -> HeadRule:
 def updated(state: HeadState, seen: Seen) -> HeadState:
     """The state after a call that started with next_rule(state)."""
     if seen.rule.form == DENSE:
-        return _rested(state, seen.rule)
+        return _rested(state, seen.rule, seen.escalated)
     if state.trend is None or state.rule.form != seen.rule.form:  # planned by the engine, now accepted
         patience = PATIENCE * (2 if seen.escalated else 1)
         return HeadState(seen.rule, trend=seen.x, patience=patience, failures=state.failures)
@@ -153,24 +156,20 @@ def updated(state: HeadState, seen: Seen) -> HeadState:
     if seen.escalated:
         return _missed(state, seen.rule)
     if seen.work > 1 - LEAST_SAVING:
-        return _rested(state, replace(seen.rule, form=DENSE))
+        return _rested(state, replace(seen.rule, form=DENSE), escalated=True)
     quiet = state.patience == 0
     state = replace(state, failures=0) if quiet else replace(state, patience=state.patience - 1)
     return _moved(state)
 
 
 def _moved(state: HeadState) -> HeadState:
-    """One step towards the aim."""
+    """A step towards the aim, if there is room."""
     assert state.trend is not None
     distance = state.trend + SPREADS * state.spread
-    if distance > DEAD_BAND:
-        step = -min(GAIN * distance, MOST_TIGHTENING)
-        booked = step / 2  # the least that the error falls
-    elif distance < -DEAD_BAND and state.patience == 0:
-        step = booked = min(-GAIN * distance, MOST_RELAXING)
-    else:
+    if distance > -DEAD_BAND or state.patience > 0:
         return state
-    return replace(state, rule=state.rule.moved(step), trend=state.trend + booked)
+    step = min(-GAIN * distance, MOST_RELAXING)
+    return replace(state, rule=state.rule.moved(step), trend=state.trend + step)
 
 
 def _missed(state: HeadState, rule: HeadRule) -> HeadState:
@@ -180,9 +179,9 @@ def _missed(state: HeadState, rule: HeadRule) -> HeadState:
     return replace(state, rule=rule, trend=state.trend - BACK_OFF / 2, patience=2 * PATIENCE)
 
 
-def _rested(state: HeadState, rule: HeadRule) -> HeadState:
-    """Dense, and for how long."""
-    if state.rule.form == DENSE and state.rest > 0:  # as it was told to
+def _rested(state: HeadState, rule: HeadRule, escalated: bool) -> HeadState:
+    """Dense, in whichever precision, and for how long."""
+    if state.rule.form == DENSE and state.rest > 0 and not escalated:  # as it was told to
         return replace(state, rest=state.rest - 1)
     rest = min(FIRST_REST << min(state.failures, 16), MOST_REST)
     return HeadState(rule, rest=rest, failures=state.failures + 1)

@@ -31,6 +31,8 @@ class HeadReports:
     """Times that the head ran again because its error was not accepted."""
     estimated_error: npt.NDArray[np.float64]
     """Relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads."""
+    estimated_limit: npt.NDArray[np.float64]
+    """Upper end of the estimate's confidence interval, which is what is held below the budget."""
     error_bound: npt.NDArray[np.float64]
     """Upper bound on that error; inf where none is known."""
     work: npt.NDArray[np.float64]

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import weakref
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -140,8 +141,7 @@ class Policy:
         self, layer: str, reports: HeadReports, tokens: int, *, error: float, guarantee: Guarantee = "measured"
     ) -> None:
         """Learns from what a call that started with next_plan(layer, ...) reported (`metrics.heads`)."""
-        reached = reports.error_bound if guarantee == "bounded" else reports.estimated_error
-        aimed = rule.AIM[guarantee] * error
+        held = reports.error_bound if guarantee == "bounded" else reports.estimated_limit
         if reports.work.size == 0:
             return
         plan = {name: getattr(reports.plan, name).tolist() for name in _RULE_FIELDS}
@@ -149,7 +149,7 @@ class Policy:
         seen = []
         for head in range(heads):
             rules = [HeadRule(**{name: plan[name][b][head] for name in _RULE_FIELDS}) for b in range(batch)]
-            seen.append(_seen(reports, reached, head, rules, aimed))
+            seen.append(_seen(reports, head, rules, float(held[:, head].max()), error))
         with self._lock:
             key = key_of(layer, tokens)
             kept = self._layers.get(key)
@@ -279,18 +279,16 @@ def _plan_of(rules: tuple[HeadRule, ...]) -> Plan:
     return Plan(**{name: np.array([[getattr(each, name) for each in rules]]) for name in _RULE_FIELDS})
 
 
-def _seen(reports: HeadReports, reached: Any, head: int, rules: list[HeadRule], aimed: float) -> Seen:
-    """One head over all batch entries, with a rule each: the worst error, and the most careful of the rules."""
-    saving = [each for each in rules if each.form != rule.DENSE]
+def _seen(reports: HeadReports, head: int, rules: list[HeadRule], held: float, budget: float) -> Seen:
+    """One head over all batch entries, with a rule each: the most careful of the most frequent form."""
     # Entries that had to run densely where most did not are misses, not heads that allow nothing.
-    form = saving[0].form if 2 * len(saving) > len(rules) else rule.DENSE
+    form = Counter(each.form for each in rules).most_common(1)[0][0]
     alike = [each for each in rules if each.form == form]
     combined = alike[0]
     for each in alike[1:]:
         combined = combined.careful_as(each)
     escalated = bool((reports.escalations[:, head] > 0).any())
-    x = rule.log_ratio(float(reached[:, head].max()), aimed)
-    return Seen(combined, escalated, x, float(reports.work[:, head].mean()))
+    return Seen(combined, escalated, rule.log_ratio(held, budget), float(reports.work[:, head].mean()))
 
 
 def _note(state: HeadState) -> str:

@@ -30,9 +30,9 @@ def seen(head_rule=TILED, escalated=False, x=-0.2, work=0.5):
 
 
 class Engine:
-    """A head whose error is level * share ** slope * noise, and an engine that accepts it up to budget / 1.6.
+    """A head whose error is level * share ** slope * noise, and an engine that holds 1.6 times that below the budget.
 
-    On a miss the engine takes rules 0.8 nats more careful until one is accepted, as src/plan does.
+    On a miss the engine takes rules 1.2 nats more careful until one is accepted, as src/plan does.
     """
 
     def __init__(self, slope, noise, level=1.0):
@@ -44,7 +44,7 @@ class Engine:
 
     def ideal(self):
         """The screen whose error is what the loop aims at, without noise."""
-        return math.log(rule.AIM["measured"] * BUDGET / self.level) / self.slope
+        return math.log(rule.AIM * BUDGET / 1.6 / self.level) / self.slope
 
     def call(self, state):
         start = rule.next_rule(state)
@@ -55,9 +55,8 @@ class Engine:
         factor = math.exp(self.random.gauss(0, self.noise))  # of this input
         final, misses = start, 0
         while (error := self.level * math.exp(final.screen * self.slope) * factor) * 1.6 > BUDGET:
-            final, misses = final.moved(-0.8), misses + 1
-        x = rule.log_ratio(error, rule.AIM["measured"] * BUDGET)
-        return rule.updated(state, Seen(final, misses > 0, x, work=0.5)), misses > 0
+            final, misses = final.moved(-1.2), misses + 1
+        return rule.updated(state, Seen(final, misses > 0, rule.log_ratio(1.6 * error, BUDGET), work=0.5)), misses > 0
 
 
 def run(engine, calls, state=None):
@@ -74,11 +73,12 @@ class TestLoop:
     @pytest.mark.parametrize("slope", [0.5, 0.7, 1.0])
     def test_converges_without_noise(self, slope):
         states, misses = run(Engine(slope, noise=0.0), 100)
-        # The least spread and the dead band leave at most this much of the budget unused, in nats of error.
+        # The least spread and the dead band leave at most this much of the aim unused, in nats of error; a first plan
+        # may be anywhere up to what is accepted.
         margin = (2 * rule.LEAST_SPREAD + 2 * rule.DEAD_BAND) / slope
         assert not any(misses)
         ideal = Engine(slope, 0.0).ideal()
-        assert all(ideal - margin <= state.rule.screen <= ideal for state in states[40:])
+        assert all(ideal - margin <= state.rule.screen <= ideal + rule.REFUSED / slope for state in states[40:])
         assert states[40].rule == states[-1].rule  # at rest
 
     @pytest.mark.parametrize("noise", [0.1, 0.3, 0.6])
@@ -136,7 +136,8 @@ class TestStep:
         off = replace(TILED, screen=-math.inf, low=-math.inf, drop=0.0)
         assert off.moved(1.0) == off.moved(-1.0) == off
         wide = TILED.moved(100)
-        assert (wide.screen, wide.low, wide.drop) == (math.log(0.5), 0.0, 1.0)
+        assert (wide.screen, wide.low, wide.drop) == (math.log(0.5), math.log(0.5), 1.0)
+        assert replace(TILED, low=0.0).moved(-1.0).low == 0.0  # all tiles that can be low are
 
     def test_a_worthless_plan_runs_densely(self):
         state = rule.updated(SETTLED, seen(work=0.99))
@@ -162,21 +163,31 @@ class TestStep:
             state = rule.updated(state, seen(state.rule))
         assert state.failures == 0
 
+    def test_a_dense_plan_that_misses_is_left_at_once(self):
+        state = rule.updated(HeadState(), seen(HeadRule("dense", precision="int8"), work=0.6))
+        assert rule.next_rule(state).precision == "int8"
+        finer = HeadRule("dense", precision="float32")
+        state = rule.updated(state, seen(finer, escalated=True, work=1.7))
+        assert state.rest > 0
+        assert rule.next_rule(state) == finer
+
     def test_rests_do_not_grow_without_end(self):
         state = rule.updated(HeadState(failures=10**6), seen(HeadRule("dense")))
         assert state.rest == rule.MOST_REST
 
     def test_errors_of_nothing(self):
         assert rule.log_ratio(0.0, 0.1) == rule.log_ratio(1e-30, 0.1) == rule.LEAST_X
-        assert rule.log_ratio(0.2, 0.1) == pytest.approx(math.log(2))
+        assert rule.log_ratio(0.08, 0.1) == pytest.approx(0)
+        assert rule.log_ratio(0.1, 0.1) == pytest.approx(rule.REFUSED)
 
 
-def reports(batch=1, heads=2, form=1, error=0.004, escalations=0, work=0.5, screen=-3.0, bound=math.inf):
+def reports(batch=1, heads=2, form=1, limit=0.0064, escalations=0, work=0.5, screen=-3.0, bound=math.inf, precision=0):
     """What a call reports; each argument broadcasts to (batch, heads)."""
     words = np.zeros((batch, heads, HEAD_REPORT_WORDS), np.int64)
     records = words.view(np.dtype(HeadReport))[..., 0]
     records["plan"]["form"], records["plan"]["screen"], records["plan"]["drop"] = form, screen, 0.001
-    records["escalations"], records["estimated_error"], records["work"] = escalations, error, work
+    records["plan"]["precision"] = records["plan"]["low_precision"] = precision
+    records["escalations"], records["estimated_limit"], records["work"] = escalations, limit, work
     records["error_bound"] = bound
     return HeadReports.from_words(words)
 
@@ -199,8 +210,14 @@ class TestPolicy:
     def test_the_worst_batch_entry_counts(self):
         policy = adaattn.Policy()
         policy.next_plan("a", 2, TOKENS, error=BUDGET)
-        policy.record("a", reports(batch=3, screen=np.array([[-3, -3], [-5, -2], [-4, -4]])), TOKENS, error=BUDGET)
+        policy.record(
+            "a", reports(batch=3, precision=3, screen=np.array([[-3, -3], [-5, -2], [-4, -4]])), TOKENS, error=BUDGET
+        )
         assert policy.plan("a", TOKENS).screen.tolist() == [[-5, -4]]
+        int8 = np.array([[3, 3], [0, 3], [3, 3]])
+        policy.record("a", reports(batch=3, precision=int8, escalations=1), TOKENS, error=BUDGET)
+        assert policy.plan("a", TOKENS).precision.tolist() == [["float32", "int8"]]
+        assert policy.plan("a", TOKENS).screen.tolist() == [[-6, -5]]  # misses
         # One entry that had to run densely is a miss; most of them make a dense head.
         policy.record(
             "a", reports(batch=3, form=np.array([[1, 1], [0, 0], [1, 0]]), escalations=1), TOKENS, error=BUDGET
@@ -241,7 +258,7 @@ class TestPolicy:
                 screen = plan.screen if plan.form[0, 0] == "tiled" else -3.0
                 policy.record("a", reports(screen=screen, bound=bound), TOKENS, error=BUDGET, guarantee="bounded")
         assert (policies[0].plan("a", TOKENS).screen > -3).all()
-        assert (policies[1].plan("a", TOKENS).screen < -3).all()
+        assert (policies[1].plan("a", TOKENS).screen == -3).all()
 
     def test_statistics(self):
         policy = adaattn.Policy()
