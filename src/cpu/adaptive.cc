@@ -43,6 +43,19 @@ Parts wanted_parts(const adaattn_forward_args& args) {
   return parts;
 }
 
+// Keys that the coreset of a low-rank head may have. Coresets see every key: no causal mask. They are no part of the
+// gradient, for which classes of tiles are asked.
+std::size_t coreset_keys(const adaattn_forward_args& args) {
+  if (args.options.causal != 0) return 0;
+  const std::int64_t keys = args.k.shape[2];
+  std::int64_t most = 0;
+  if (args.tile_classes == nullptr && args.options.error >= kLeastLowRankError && keys >= kLeastLowRankKeys)
+    most = keys / kLeastLowRankGain;
+  for (std::int64_t h = 0; args.plans != nullptr && h < args.q.shape[0] * args.q.shape[1]; ++h)
+    if (args.plans[h].form == ADAATTN_LOW_RANK) most = std::max<std::int64_t>(most, args.plans[h].rank);
+  return static_cast<std::size_t>(std::min(most, keys));
+}
+
 Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
   Engine engine{};
   engine.args = &args;
@@ -55,6 +68,12 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
              dv = static_cast<std::size_t>(args.v.shape[3]), threads = static_cast<std::size_t>(engine.threads);
   engine.keys = scratch.take<KeyHead>(static_cast<std::size_t>(engine.wave));
   engine.states = scratch.take<HeadState>(heads);
+  engine.coreset_keys = coreset_keys(args);
+  if (engine.coreset_keys > 0) engine.coresets = scratch.take<Coreset>(heads);
+  for (std::size_t i = 0; engine.coreset_keys > 0 && i < heads; ++i) {
+    const Coreset coreset = lay_out_coreset(args, engine.coreset_keys, scratch);
+    if (engine.coresets != nullptr) engine.coresets[i] = coreset;
+  }
   engine.probes = scratch.take<float>(heads * kProbeRows * dv);
   engine.scratch = scratch.take<ThreadScratch>(threads);
   for (std::int64_t i = 0; i < engine.wave; ++i) {
@@ -65,6 +84,9 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
     const ThreadScratch mine = {.forward = lay_out(args, scratch),
                                 .tiled = lay_out_tiled(args, scratch),
                                 .key_head = lay_out_key_head_thread(args, scratch),
+                                .coreset = engine.coreset_keys > 0
+                                               ? lay_out_coreset_thread(args, engine.coreset_keys, scratch)
+                                               : CoresetScratch{},
                                 .exact = scratch.take<float>(kPilotRows * dv),
                                 .tried = scratch.take<float>(kPilotRows * dv)};
     if (engine.scratch != nullptr) engine.scratch[t] = mine;
@@ -81,6 +103,19 @@ void measure(const Engine& engine) {
   });
 }
 
+// Statistics of the softmax are not to be had from a coreset: they come out as NaN.
+void attend_low_rank(const Engine& engine, std::int64_t index, const adaattn_forward_args& head, std::int64_t first,
+                     std::int64_t count, const ThreadScratch& scratch) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  if (head.entropy != nullptr) std::fill_n(head.entropy + first, count, nan);
+  if (head.max_probability != nullptr) std::fill_n(head.max_probability + first, count, nan);
+  const std::int64_t failed =
+      attend_coreset(rows_of(head.q, 0, 0, first), count, make_forward_plan(head, 1).scale, engine.coresets[index],
+                     scratch.coreset, rows_of(head.out, 0, 0, first), head.lse != nullptr ? head.lse + first : nullptr);
+#pragma omp atomic
+  engine.states[index].failed += failed;
+}
+
 void attend(const Engine& engine) {
   // Blocks of all heads are one list, so that few heads keep all threads busy, too.
   const adaattn_forward_args any = head_of(*engine.args, 0);
@@ -93,6 +128,10 @@ void attend(const Engine& engine) {
     plan.block = shape.block;
     plan.blocks = shape.blocks;
     const ThreadScratch& scratch = engine.scratch[thread];
+    if (state.plan.form == ADAATTN_LOW_RANK) {
+      const std::int64_t first = i % shape.blocks * shape.block;
+      return attend_low_rank(engine, i / shape.blocks, head, first, std::min(shape.block, shape.rows - first), scratch);
+    }
     if (is_dense_float32(state.plan)) return run_forward_task(plan, i % shape.blocks, scratch.forward);
     TileCounts counts;
     run_tiled_task(plan, i % shape.blocks, engine.keys_of(i / shape.blocks), state.plan, scratch.forward, scratch.tiled,
@@ -117,9 +156,11 @@ void verify(const Engine& engine) {
       return;
     }
     const double error = engine.args->options.error;
-    state.work += cost_share(state.counts, state.plan, engine.work);
+    state.work += state.plan.form == ADAATTN_LOW_RANK
+                      ? low_rank_share(head_of(*engine.args, engine.head(h)), state.plan.rank)
+                      : cost_share(state.counts, state.plan, engine.work);
     state.estimate = probe_error(engine, h);
-    state.done = accepts(state.estimate, error);
+    state.done = accepts(state.estimate, error) && state.failed == 0;
     if (state.done) return;
     ++state.escalations;
     state.plan = more_careful(state.plan, state.estimate.value, error, state.escalations);
@@ -136,7 +177,7 @@ void report(const Engine& engine) {
     to.estimated_error = state.estimate.value;
     to.estimated_limit = state.estimate.limit;
     to.work = state.work;
-    if (state.plan.form == ADAATTN_DENSE) continue;
+    if (state.plan.form != ADAATTN_TILED) continue;
     to.tiles = state.counts.visible;
     to.high_tiles = state.counts.high;
     to.low_tiles = state.counts.low;

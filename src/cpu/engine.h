@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/coreset.h"
 #include "cpu/forward_plan.h"
 #include "cpu/head_problem.h"
 #include "cpu/key_head.h"
@@ -32,12 +33,14 @@ struct HeadState {
   TileCounts counts;
   double work;  // share of dense attention's multiply-adds so far
   int escalations;
+  std::int64_t failed;  // rows that a coreset gave no sound result for
 };
 
 struct ThreadScratch {
   ForwardScratch forward;
   TiledScratch tiled;
   KeyHeadScratch key_head;
+  CoresetScratch coreset;
   float *exact, *tried;  // [kPilotRows][Dv] rows for planning
 };
 
@@ -47,15 +50,17 @@ struct Engine {
   int threads;
   Parts parts;
   TileCosts work, time;
-  std::int64_t group;       // query heads per key head
-  std::int64_t key_heads;   // B * Hk
-  std::int64_t wave;        // key heads at once
-  std::int64_t first;       // key head of the wave's first
-  std::int64_t wave_heads;  // query heads of the wave now
-  KeyHead* keys;            // [wave]
-  HeadState* states;        // [wave * group]
-  float* probes;            // [wave * group][kProbeRows][Dv] exact rows, evenly spaced
-  ThreadScratch* scratch;   // [threads]
+  std::int64_t group;        // query heads per key head
+  std::int64_t key_heads;    // B * Hk
+  std::int64_t wave;         // key heads at once
+  std::int64_t first;        // key head of the wave's first
+  std::int64_t wave_heads;   // query heads of the wave now
+  KeyHead* keys;             // [wave]
+  std::size_t coreset_keys;  // at most, of a low-rank head; 0: no head may be one
+  Coreset* coresets;         // [wave * group] of low-rank heads
+  HeadState* states;         // [wave * group]
+  float* probes;             // [wave * group][kProbeRows][Dv] exact rows, evenly spaced
+  ThreadScratch* scratch;    // [threads]
 
   std::int64_t head(std::int64_t index) const { return first * group + index; }  // of the call, by index in the wave
   const KeyHead& keys_of(std::int64_t index) const { return keys[index / group]; }
@@ -104,6 +109,14 @@ struct RowsProblem {
   RowsProblem(const RowsProblem&) = delete;
   RowsProblem& operator=(const RowsProblem&) = delete;
 };
+
+// Multiply-adds of a low-rank head over those of dense attention; building counts build_weight times.
+inline double low_rank_share(const adaattn_forward_args& head, std::int64_t rank, double build_weight = 1) {
+  const CoresetWork work = coreset_work(head, rank);
+  const auto rows = static_cast<double>(head.q.shape[2]), keys = static_cast<double>(head.k.shape[2]);
+  return (build_weight * work.build + rows * work.attend) /
+         (rows * keys * static_cast<double>(head.q.shape[3] + head.v.shape[3]));
+}
 
 inline bool is_dense_float32(const adaattn_head_plan& plan) {
   return plan.form == ADAATTN_DENSE && plan.precision == ADAATTN_PRECISION_FLOAT32;

@@ -49,11 +49,12 @@ class Pilot {
               .estimate = {},
               .counts = {},
               .work = 0,
-              .escalations = 0};
+              .escalations = 0,
+              .failed = 0};
     if (!*engine_.keys_of(index_).finite) return;
     const adaattn_head_plan* given = engine_.args->plans;
     if (given != nullptr && given[engine_.head(index_)].form != ADAATTN_AUTOMATIC)
-      state_.plan = given[engine_.head(index_)];
+      take(given[engine_.head(index_)]);
     else
       choose();
     if (is_dense_float32(state_.plan)) return;
@@ -61,6 +62,17 @@ class Pilot {
   }
 
  private:
+  struct Choice {
+    adaattn_head_plan plan;
+    double cost;
+  };
+
+  void take(const adaattn_head_plan& plan) {
+    state_.plan = plan;
+    if (plan.form != ADAATTN_LOW_RANK) return;
+    if (!build(plan.rank)) state_.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
+  }
+
   void choose() {
     double best = 1 - kLeastGain;
     const auto consider = [&](const adaattn_head_plan& plan, double cost) {
@@ -71,14 +83,19 @@ class Pilot {
     const double none = std::numeric_limits<double>::infinity();
     double int8 = none, bfloat16 = none;
     const Copies& copies = engine_.parts.copies;
+    const bool may_be_low_rank = engine_.coreset_keys > 0 && engine_.args->plans == nullptr;
+    const RowSet rows = spaced_rows(engine_, kTrialRows);
+    if (copies.int8 || copies.bfloat16 || may_be_low_rank) run_exactly(rows, scratch_.exact);
     if (copies.int8 || copies.bfloat16) {
-      const RowSet rows = spaced_rows(engine_, kTrialRows);
-      run_exactly(rows, scratch_.exact);
       if (copies.int8) int8 = try_dense(ADAATTN_PRECISION_INT8, rows);
       if (copies.bfloat16) bfloat16 = try_dense(ADAATTN_PRECISION_BFLOAT16, rows);
       if (bfloat16 <= kAlone * error_)
         consider(dense_plan(ADAATTN_PRECISION_BFLOAT16), dense_cost(ADAATTN_PRECISION_BFLOAT16));
       if (int8 <= kAlone * error_) consider(dense_plan(ADAATTN_PRECISION_INT8), dense_cost(ADAATTN_PRECISION_INT8));
+    }
+    if (may_be_low_rank) {
+      const auto [plan, cost] = search_coresets(rows, best);
+      if (plan.form == ADAATTN_LOW_RANK) return consider(plan, cost);
     }
     Precisions precisions = precisions_for(error_, int8, bfloat16);
     if (!engine_.long_enough()) return;
@@ -114,10 +131,41 @@ class Pilot {
     return static_cast<double>(counts.dropped) >= kLeastDropped * static_cast<double>(counts.visible);
   }
 
-  struct Choice {
-    adaattn_head_plan plan;
-    double cost;
-  };
+  // Fills the head's coreset; false if there is none.
+  bool build(std::int64_t rank) {
+    const std::int64_t head = engine_.head(index_), b = head / engine_.args->q.shape[1],
+                       h = head % engine_.args->q.shape[1];
+    return build_coreset(*engine_.args, b, h / engine_.group, static_cast<std::size_t>(rank), scratch_.coreset,
+                         engine_.coresets[index_]);
+  }
+
+  // Error of attention over a coreset of that many keys on rows that were run exactly; infinite if there is none.
+  double try_coreset(std::int64_t rank, const RowSet& rows) {
+    if (!build(rank)) return std::numeric_limits<double>::infinity();
+    const RowsProblem problem(head_, rows.first, rows.step, rows.count, scratch_.tried);
+    const std::int64_t failed =
+        attend_coreset(rows_of(problem.args.q, 0, 0, 0), rows.count, problem.plan.scale, engine_.coresets[index_],
+                       scratch_.coreset, rows_of(problem.args.out, 0, 0, 0), nullptr);
+    state_.work += coreset_work(head_, rank).build /
+                   (static_cast<double>(head_.q.shape[2]) * static_cast<double>(head_.k.shape[2]) *
+                    static_cast<double>(head_.q.shape[3] + head_.v.shape[3]));
+    return failed > 0 ? std::numeric_limits<double>::infinity() : compare(rows.count);
+  }
+
+  Choice search_coresets(const RowSet& rows, double best) {
+    const Choice none = {dense_plan(ADAATTN_PRECISION_FLOAT32), 1};
+    if (try_coreset(std::min<std::int64_t>(kFirstCoreset, static_cast<std::int64_t>(engine_.coreset_keys)), rows) >
+        kHopelessError)
+      return none;
+    for (auto rank = static_cast<std::int64_t>(engine_.coreset_keys) / 4;
+         rank <= static_cast<std::int64_t>(engine_.coreset_keys); rank *= 2) {
+      const double cost = low_rank_share(head_, rank, kBuildTime);
+      if (cost > best) return none;
+      if (try_coreset(rank, rows) <= kPilotShare * error_)
+        return {low_rank_plan(static_cast<std::int32_t>(rank)), cost};
+    }
+    return none;
+  }
 
   Choice search(const Precisions& precisions, bool screened) {
     const std::int64_t size = kLanes * head_.v.shape[3];
@@ -129,19 +177,34 @@ class Pilot {
     while (!levels.done()) {
       adaattn_head_plan plan = tiled_plan(error_, levels.next(), precisions);
       if (!screened) plan.screen = kNever;
-      TileCounts counts;
-      for (std::int64_t panel = 0; panel < kPilotPanels; ++panel)
-        counts = add(counts, run_by(plan, pilot_rows(engine_, panel), scratch_.tried + panel * size));
-      const double cost = cost_share(counts, plan, engine_.time);
+      const auto [error, cost] = try_tiles(plan);
       if (cost > 1 - kLeastGain) {  // more careful ones save less
         levels.high = levels.next();
         continue;
       }
-      const bool accepted = compare(kPilotRows) <= kPilotShare * error_;
+      const bool accepted = error <= kPilotShare * error_;
       if (accepted) best = {plan, cost};
       levels.record(accepted);
     }
+    // Pooling what a looser screen leaves out may hold the budget for less.
+    if (screened && levels.high > 0 && levels.high < kRuleLevels) {
+      adaattn_head_plan plan = tiled_plan(error_, levels.high - 1, precisions);
+      plan.pooled = 1;
+      const auto [error, cost] = try_tiles(plan);
+      if (error <= kPilotShare * error_ && cost < best.cost) best = {plan, cost};
+    }
     return best;
+  }
+
+  struct Tried {
+    double error, cost;
+  };
+  Tried try_tiles(const adaattn_head_plan& plan) {
+    const std::int64_t size = kLanes * head_.v.shape[3];
+    TileCounts counts;
+    for (std::int64_t panel = 0; panel < kPilotPanels; ++panel)
+      counts = add(counts, run_by(plan, pilot_rows(engine_, panel), scratch_.tried + panel * size));
+    return {compare(kPilotRows), cost_share(counts, plan, engine_.time)};
   }
 
   double share(std::int64_t rows) const {
@@ -175,6 +238,7 @@ class Pilot {
   }
 
   static constexpr std::int64_t kLeastUnscreened = 8192;  // keys
+  static constexpr double kBuildTime = 3;  // of a multiply-add of a coreset's building, over one of attention's
   static constexpr int kUnscreenedLevels = 3;
   static constexpr double kLeastDropped = 0.05;
   static constexpr double kPilotShare = 0.75;  // of the budget that pilot panels may use: they are few

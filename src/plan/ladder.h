@@ -19,6 +19,22 @@ inline adaattn_head_plan dense_plan(std::int32_t precision) {
           .drop = 0};
 }
 
+inline adaattn_head_plan low_rank_plan(std::int32_t rank) {
+  adaattn_head_plan plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
+  plan.form = ADAATTN_LOW_RANK;
+  plan.rank = rank;
+  return plan;
+}
+
+// Coresets are tried from these sizes and budgets on, with up to an eighth of the keys; first with kFirstCoreset of
+// them, whose error tells whether more are worth a look. With fewer keys building one takes longer than int8 everywhere,
+// and a look too many costs a tenth of the head.
+constexpr std::int64_t kLeastLowRankKeys = 16384;
+constexpr std::int64_t kLeastLowRankGain = 8;
+constexpr double kLeastLowRankError = 1e-2;
+constexpr std::int64_t kFirstCoreset = 64;
+constexpr double kHopelessError = 0.35;
+
 // Tiled plans from the loosest to the most careful; a head that none suits runs dense.
 constexpr int kRuleLevels = 8;
 

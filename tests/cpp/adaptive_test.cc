@@ -310,6 +310,28 @@ TEST(Plans, PoolWhatTheScreenLeavesOut) {
   EXPECT_LT(lse_pooled, 0.3 * lse_dropped);
 }
 
+// q and k of a curve in three dimensions, that a few keys can stand for.
+TEST(Plans, OfLowRankAreJudgedByTheirOwnError) {
+  Inputs inputs({.queries = 512, .keys = 512});
+  const Inputs::Result exact = inputs.run("cpu_flash", 0, false);
+  const Inputs::Result got =
+      inputs.run("cpu_adaptive", 10, false, nullptr, {low_rank_plan(256), dense_plan(ADAATTN_PRECISION_FLOAT32)});
+  EXPECT_EQ(got.reports[0].plan.form, ADAATTN_LOW_RANK);
+  EXPECT_EQ(got.reports[0].plan.rank, 256);
+  EXPECT_EQ(got.reports[0].tiles, 0);
+  EXPECT_GT(got.reports[0].estimated_error, 0);
+  const double error = inputs.error_of_head(got, exact, 0);
+  EXPECT_LT(error, 1);
+  EXPECT_NEAR(got.reports[0].estimated_error / error, 1, 0.5);  // from 32 of 512 rows
+  EXPECT_TRUE(std::isnan(got.entropy[0])) << "a coreset has no entropy of the softmax to give";
+  EXPECT_EQ(inputs.error_of_head(got, exact, 1), 0);
+  const Inputs::Result careful =
+      inputs.run("cpu_adaptive", 1e-3, false, nullptr, {low_rank_plan(16), low_rank_plan(16)});
+  EXPECT_EQ(careful.reports[0].plan.form, ADAATTN_DENSE);
+  EXPECT_EQ(careful.reports[0].escalations, 1);
+  EXPECT_TRUE(same_bits(careful.out, exact.out));
+}
+
 TEST(Plans, ThatNoKernelCanRunAreRefused) {
   Inputs inputs({});
   const auto refuse = [&](const char* field, auto change) {
@@ -327,6 +349,7 @@ TEST(Plans, ThatNoKernelCanRunAreRefused) {
   refuse("plans[1].low_precision", [](adaattn_head_plan& p) { p.low_precision = 5; });
   refuse("plans[1].pooled", [](adaattn_head_plan& p) { p.pooled = 2; });
   refuse("plans[1].rank", [](adaattn_head_plan& p) { p.form = ADAATTN_LOW_RANK; });
+  refuse("low rank under a causal mask", [](adaattn_head_plan& p) { p = low_rank_plan(8); });
   refuse("plans[1].screen", [](adaattn_head_plan& p) { p.screen = NAN; });
   refuse("plans[1].low", [](adaattn_head_plan& p) { p.low = 1; });
   refuse("plans[1].drop", [](adaattn_head_plan& p) { p.drop = 2; });
