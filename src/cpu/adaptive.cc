@@ -30,14 +30,18 @@ Parts wanted_parts(const adaattn_forward_args& args) {
       .screen = tiles,
       .int8_screen = paying.int8,
       .copies = {.int8 = paying.int8 && error >= 4e-3, .bfloat16 = paying.bfloat16 && error >= 0x1p-9 && error < 5e-2}};
-  for (std::int64_t h = 0; args.plans != nullptr && h < args.q.shape[0] * args.q.shape[1]; ++h) {
+  const std::int64_t heads = args.q.shape[0] * args.q.shape[1];
+  const auto automatic = [](const adaattn_head_plan& plan) { return plan.form == ADAATTN_AUTOMATIC; };
+  if (args.plans != nullptr && std::none_of(args.plans, args.plans + heads, automatic)) parts = {};
+  for (std::int64_t h = 0; args.plans != nullptr && h < heads; ++h) {
     const adaattn_head_plan& plan = args.plans[h];
-    if (plan.form == ADAATTN_AUTOMATIC) continue;
+    if (automatic(plan)) continue;
     const auto names = [&](std::int32_t precision) {
       return plan.precision == precision || plan.low_precision == precision;
     };
     parts.copies.int8 = parts.copies.int8 || names(ADAATTN_PRECISION_INT8);
     parts.copies.bfloat16 = parts.copies.bfloat16 || names(ADAATTN_PRECISION_BFLOAT16);
+    parts.int8_screen = paying.int8;
     parts.screen = parts.screen || plan.screen > kNever || (plan.low > kNever && plan.low < 0);
   }
   return parts;

@@ -35,12 +35,7 @@ Reasons declines_decode(const adaattn_forward_args& args) {
 bool plans_can_run(const adaattn_forward_args& args) {
   for (std::int64_t h = 0; args.plans != nullptr && h < args.q.shape[0] * args.q.shape[1]; ++h) {
     const adaattn_head_plan& plan = args.plans[h];
-    const auto runs = [](std::int32_t precision) {
-      return precision != ADAATTN_PRECISION_FLOAT16 && precision != ADAATTN_PRECISION_FLOAT8;
-    };
-    if (plan.form != ADAATTN_AUTOMATIC && ((plan.form == ADAATTN_LOW_RANK && args.options.causal != 0) ||
-                                           !runs(plan.precision) || !runs(plan.low_precision)))
-      return false;
+    if (plan.form == ADAATTN_LOW_RANK && args.options.causal != 0) return false;
   }
   return true;
 }
@@ -56,7 +51,7 @@ Reasons declines_adaptive(const adaattn_forward_args& args) {
       .unless(args.options.error > 0, "the budget is 0: exact")
       .unless(args.options.guarantee == ADAATTN_MEASURED, "the error must be bounded, not measured")
       .unless(args.mask.data == nullptr, "takes no mask")
-      .unless(plans_can_run(args), "a plan names float16 or float8, or a low rank under a causal mask")
+      .unless(plans_can_run(args), "a plan names a low rank under a causal mask")
       .unless(args.options.sinks == 0 && args.options.window_left < 0 && args.options.window_right < 0,
               "takes no window")
       .unless(tokens >= kClassTile, "takes 64 tokens or more")

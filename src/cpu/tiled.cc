@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/emulated.h"
 #include "cpu/online_softmax-inl.h"
 #include "cpu/panel-inl.h"
 #include "cpu/panel_mask.h"
@@ -60,10 +61,62 @@ HWY_INLINE Pair masses(bool masked, const float* scores, std::size_t keys, Pair 
                 : tile_mass<false>(scores, keys, reference, keep, moment);
 }
 
+// The tile's keys and the panel's queries, rounded, in scratch; scores as of the keys themselves.
+HWY_NOINLINE Pair emulated_scores(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
+                                  const TiledScratch& tiled, const KeyHead& keys, const Panel& panel,
+                                  const PanelQueries& queries, const KeyTile& tile, std::size_t count) {
+  const FloatTag d;
+  const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]);
+  const bool centred = is_8_bit(precision);
+  for (std::size_t key = 0; key < count; ++key) {
+    float* to = tiled.emulated_k + key * dim;
+    for (std::size_t c = 0; c < dim; ++c) to[c] = tile.k.data[key * tile.k.ld + c] - (centred ? keys.mean[c] : 0);
+    round_values(precision, to, dim, 1);
+  }
+  std::copy_n(panel.q, dim * kPanelLanes, tiled.emulated_q);
+  for (std::size_t lane = 0; lane < kPanelLanes; ++lane)
+    round_values(precision, tiled.emulated_q + lane, dim, kPanelLanes);
+  const FloatVector lowest = hn::Set(d, kNegativeInfinity);
+  Pair top = {lowest, lowest};
+  StoreScores store{scratch.scores, &top};
+  panel_gemm<ALayout::kRowMajor>(count, tiled.emulated_k, dim, tiled.emulated_q, kPanelLanes, dim, store);
+  if (!centred) return top;
+  const Pair offset = load_pair(queries.offset);
+  for (std::size_t key = 0; key < count; ++key) {
+    const Pair score = load_pair(scratch.scores + key * kPanelLanes);
+    store_pair({hn::Add(score.low, offset.low), hn::Add(score.high, offset.high)}, scratch.scores + key * kPanelLanes);
+  }
+  return {hn::Add(top.low, offset.low), hn::Add(top.high, offset.high)};
+}
+
+// out += rounded p times rounded v, in float8 of what v differs from its mean by. p [count][kPanelLanes] in the
+// scores' place, float8 relative to the tile's largest.
+HWY_NOINLINE void add_emulated_values(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
+                                      const TiledScratch& tiled, const KeyHead& keys, const Panel& panel,
+                                      const KeyTile& tile, std::size_t count, Pair p_scale) {
+  const auto dv = static_cast<std::size_t>(plan.args->v.shape[3]), width = padded_width(plan.args->v.shape[3]);
+  const bool is_float8 = is_8_bit(precision);
+  float factor[kPanelLanes];
+  store_pair(p_scale, factor);
+  for (std::size_t i = 0; i < count * kPanelLanes; ++i)
+    scratch.scores[i] =
+        is_float8 ? round_to_float8(scratch.scores[i]) * factor[i % kPanelLanes] : round_to_float16(scratch.scores[i]);
+  for (std::size_t c = 0; c < dv; ++c) {
+    const float mean = is_float8 ? keys.value_means[tile.index * width + c] : 0;
+    for (std::size_t key = 0; key < count; ++key)
+      tiled.emulated_v[key * dv + c] = tile.v.data[key * tile.v.ld + c] - mean;
+    round_values(precision, tiled.emulated_v + c, count, dv);
+  }
+  AddCompensated add{panel.out, panel.compensation};
+  panel_gemm<ALayout::kTransposed>(dv, tiled.emulated_v, dv, scratch.scores, kPanelLanes, count, add);
+}
+
 HWY_INLINE Pair tile_scores(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
-                            const KeyHead& keys, const Panel& panel, const PanelQueries& queries, const KeyTile& tile,
-                            std::size_t count) {
+                            const TiledScratch& tiled, const KeyHead& keys, const Panel& panel,
+                            const PanelQueries& queries, const KeyTile& tile, std::size_t count) {
   const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]), first = static_cast<std::size_t>(tile.first);
+  if (is_emulated(precision))
+    return emulated_scores(precision, plan, scratch, tiled, keys, panel, queries, tile, count);
   if (precision == ADAATTN_PRECISION_INT8)
     return native_dots().int8 ? int8_scores<true>(keys.copy, first, count, dim, queries, scratch.scores)
                               : int8_scores<false>(keys.copy, first, count, dim, queries, scratch.scores);
@@ -81,7 +134,9 @@ HWY_INLINE void add_values(std::int32_t precision, const ForwardPlan& plan, cons
                            const TiledScratch& tiled, const KeyHead& keys, const Panel& panel, const KeyTile& tile,
                            std::size_t count, Pair p_scale) {
   const auto dv = static_cast<std::size_t>(plan.args->v.shape[3]), first = static_cast<std::size_t>(tile.first);
-  if (precision == ADAATTN_PRECISION_INT8) {
+  if (is_emulated(precision)) {
+    add_emulated_values(precision, plan, scratch, tiled, keys, panel, tile, count, p_scale);
+  } else if (precision == ADAATTN_PRECISION_INT8) {
     if (native_dots().int8)
       add_int8_values<true>(keys.copy, first, count, dv, tiled.probabilities, p_scale, panel.out);
     else
@@ -97,15 +152,15 @@ HWY_INLINE void add_values(std::int32_t precision, const ForwardPlan& plan, cons
   }
 }
 
-// A tile's probabilities in bytes are relative to its own largest, 255; these are the references for that, and the
-// factors back to the running ones.
+// A tile's probabilities in 8 bits are relative to its own largest, 255 or 448; these are the references for that, and
+// the factors back to the running ones.
 struct ByteScale {
   Pair reference, factor, shift;  // shift: log2 of factor, before it is held above 2^-126
 };
-HWY_INLINE ByteScale byte_scale(Pair top, Pair reference) {
+HWY_INLINE ByteScale byte_scale(std::int32_t precision, Pair top, Pair reference) {
   const FloatTag d;
   const FloatVector lowest = hn::Set(d, std::numeric_limits<float>::lowest() / 4), log2e = hn::Set(d, kLog2E),
-                    range = hn::Set(d, 7.99435344F);  // log2(255)
+                    range = hn::Set(d, precision == ADAATTN_PRECISION_INT8 ? 7.99435344F : 8.80735492F);  // log2
   const auto own = [&](FloatVector t) HWY_ATTR { return hn::Sub(hn::Max(hn::Mul(t, log2e), lowest), range); };
   const Pair at = {own(top.low), own(top.high)};
   const Pair shift = {hn::Sub(at.low, reference.low), hn::Sub(at.high, reference.high)};
@@ -132,7 +187,7 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
   std::uint8_t& tile_class = block.classes(index)[tile.index];
   const bool is_low = tile_class == ADAATTN_TILE_LOW;
   const std::int32_t precision = is_low ? rule.low_precision : rule.precision;
-  Pair top = tile_scores(precision, plan, scratch, keys, panel, queries_of(tiled, index, dim), tile, count);
+  Pair top = tile_scores(precision, plan, scratch, tiled, keys, panel, queries_of(tiled, index, dim), tile, count);
   if (!view.all_visible) {
     const LaneBounds<kPanelLanes> bounds(visibility, panel.rows, tile.first);
     top = mask_scores(scratch.scores, count, 0, bounds, nullptr);
@@ -152,8 +207,11 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
   const Pair reference = load_pair(state.reference);
   ByteScale scale{};
   Pair mass;
-  if (precision == ADAATTN_PRECISION_INT8) {
-    scale = byte_scale(top, reference);
+  if (is_8_bit(precision)) scale = byte_scale(precision, top, reference);
+  if (precision == ADAATTN_PRECISION_FLOAT8) {
+    mass = masses(!view.all_visible, scratch.scores, count, scale.reference, KeepFloat{scratch.scores}, wanted);
+    to_running(scale, mass, wanted);
+  } else if (precision == ADAATTN_PRECISION_INT8) {
     mass = masses(!view.all_visible, scratch.scores, count, scale.reference, KeepBytes{tiled.probabilities}, wanted);
     to_running(scale, mass, wanted);
   } else if (precision == ADAATTN_PRECISION_BFLOAT16) {
@@ -174,7 +232,7 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
   }
   // What a row with hidden keys does not see must not reach it through the mean, unless it is taken out again.
   const bool summarised = small && view.all_visible;
-  if (summarised || precision == ADAATTN_PRECISION_INT8) {
+  if (summarised || is_8_bit(precision)) {
     store_pair(mass, block.masses(index) + listed * kPanelLanes);
     block.list(index)[listed++] = static_cast<std::int32_t>(tile.index);
   }
@@ -281,9 +339,8 @@ BlockTiles class_block(const ForwardPlan& plan, const Visibility& visibility, co
 bool reads_float(const BlockTiles& block, std::size_t tile, const adaattn_head_plan& rule) {
   for (std::size_t p = 0; p < block.panels; ++p) {
     const std::uint8_t c = block.classes(p)[tile];
-    if ((c == ADAATTN_TILE_HIGH && rule.precision == ADAATTN_PRECISION_FLOAT32) ||
-        (c == ADAATTN_TILE_LOW && rule.low_precision == ADAATTN_PRECISION_FLOAT32))
-      return true;
+    const std::int32_t precision = c == ADAATTN_TILE_HIGH ? rule.precision : rule.low_precision;
+    if (c >= ADAATTN_TILE_LOW && (precision == ADAATTN_PRECISION_FLOAT32 || is_emulated(precision))) return true;
   }
   return false;
 }

@@ -23,8 +23,9 @@ struct TiledScratch {
   std::int32_t* screened_q8;  // [kScreenRank / 4][lanes]
   std::int32_t* q8;           // [block / lanes][D in fours][lanes]
   std::int32_t* q16;          // [block / lanes][D in twos][lanes]
-  std::int32_t* probabilities;  // [kClassTile / 2][lanes] packed
-  float* rows;                  // [block / lanes][kQueryValues][lanes] values per query
+  std::int32_t* probabilities;                  // [kClassTile / 2][lanes] packed
+  float *emulated_k, *emulated_v, *emulated_q;  // [kClassTile][D], [kClassTile][Dv], [D][lanes], see cpu/emulated.h
+  float* rows;                                  // [block / lanes][kQueryValues][lanes] values per query
 };
 
 constexpr std::size_t kQueryValues = 3;  // q8's scale and bias, and the offset of the keys' copies
@@ -46,6 +47,9 @@ inline TiledScratch lay_out_tiled(const adaattn_forward_args& args, Scratch& scr
           .q8 = scratch.take<std::int32_t>(whole(d, 4) / 4 * kMaxBlock),
           .q16 = scratch.take<std::int32_t>(whole(d, 2) / 2 * kMaxBlock),
           .probabilities = scratch.take<std::int32_t>(kClassTile / 2 * kMaxPanelLanes),
+          .emulated_k = scratch.take<float>(kClassTile * d),
+          .emulated_v = scratch.take<float>(kClassTile * static_cast<std::size_t>(args.v.shape[3])),
+          .emulated_q = scratch.take<float>(kMaxPanelLanes * d),
           .rows = scratch.take<float>(kQueryValues * kMaxBlock)};
 }
 

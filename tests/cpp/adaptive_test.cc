@@ -14,6 +14,7 @@
 #include "buffer.h"
 #include "common/dtype.h"
 #include "common/scratch.h"
+#include "cpu/emulated.h"
 #include "cpu/key_head.h"
 #include "cpu/tiled.h"
 #include "plan/ladder.h"
@@ -237,6 +238,9 @@ TEST(Plans, RunInEveryPrecisionOnEveryInstructionSet) {
                                {tiles(ADAATTN_PRECISION_BFLOAT16, ADAATTN_PRECISION_BFLOAT16, kNever), 1e-4, 8e-3},
                                {tiles(ADAATTN_PRECISION_INT8, ADAATTN_PRECISION_INT8, kNever), 1e-3, 3e-2},
                                {tiles(ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_INT8, 0), 1e-3, 3e-2},
+                               // float16: 2^-12 in the mean. float8: 2^-5 in the mean of q, k, p and v each.
+                               {tiles(ADAATTN_PRECISION_FLOAT16, ADAATTN_PRECISION_FLOAT16, kNever), 1e-5, 1e-3},
+                               {tiles(ADAATTN_PRECISION_FLOAT8, ADAATTN_PRECISION_FLOAT8, kNever), 1e-2, 1e-1},
                                {tiles(ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_BFLOAT16, -0.5F), 0, 8e-3},
                                {tiles(ADAATTN_PRECISION_BFLOAT16, ADAATTN_PRECISION_INT8, -0.5F), 1e-4, 3e-2}};
   for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
@@ -353,7 +357,6 @@ TEST(Plans, ThatNoKernelCanRunAreRefused) {
   refuse("plans[1].screen", [](adaattn_head_plan& p) { p.screen = NAN; });
   refuse("plans[1].low", [](adaattn_head_plan& p) { p.low = 1; });
   refuse("plans[1].drop", [](adaattn_head_plan& p) { p.drop = 2; });
-  refuse("float16", [](adaattn_head_plan& p) { p.precision = ADAATTN_PRECISION_FLOAT16; });
   try {
     inputs.run(nullptr, 0, true, nullptr, {dense_plan(0), dense_plan(0)});
     ADD_FAILURE() << "a plan without a budget";
@@ -377,6 +380,20 @@ TEST(Adaptive, IsNotChosenForABudgetOfZero) {
   EXPECT_TRUE(same_bits(got.out, inputs.run("cpu_flash", 0).out));
   EXPECT_EQ(got.reports[1].work, 1);
   EXPECT_THROW(inputs.run("cpu_adaptive", 0), Error);
+}
+
+TEST(Float8, RoundsToTheNearestE4m3Value) {
+  const float exact[] = {0, 0x1p-9F, 0x1p-6F, 0.9375F, 1, 1.125F, 240, 416, 448};
+  for (const float value : exact) {
+    EXPECT_EQ(cpu::round_to_float8(value), value);
+    EXPECT_EQ(cpu::round_to_float8(-value), -value);
+  }
+  EXPECT_EQ(cpu::round_to_float8(1.0625F), 1) << "half way, to even";
+  EXPECT_EQ(cpu::round_to_float8(1.1875F), 1.25F) << "half way, to even";
+  EXPECT_EQ(cpu::round_to_float8(1.07F), 1.125F);
+  EXPECT_EQ(cpu::round_to_float8(0x1p-10F), 0) << "half of the least, to even";
+  EXPECT_EQ(cpu::round_to_float8(0x1.8p-10F), 0x1p-9F);
+  EXPECT_EQ(cpu::round_to_float8(1e9F), 448);
 }
 
 TEST(LevelSearch, FindsTheLoosestAcceptedLevel) {
