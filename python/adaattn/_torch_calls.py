@@ -48,7 +48,7 @@ def attention_reported(
 ) -> tuple[Tensor, ...]:
     """(out, lse, heads, times), and (entropy, max_probability) if statistics are wanted; heads: raw reports."""
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
-    plans = None if plan is None else torch.from_numpy(plan.words(q.shape[0], q.shape[1]))
+    plans = None if plan is None else torch.tensor(plan.words(q.shape[0], q.shape[1]), dtype=torch.int32)
     op = torch_op.forward_statistics_op if statistics else torch_op.forward_reported_op
     rest: tuple[Any, ...] = (*options, plans)
     if options.error > 0 and backward == "consistent" and _records(q, k, v):

@@ -136,8 +136,8 @@ def attention_reported(
     sinks: int = 0,
     key_lengths: Any = None,
     kernel: str | None = None,
-) -> tuple[Any, HeadReports, dict[str, float]]:
-    """(what attention() returns, the report by head, seconds by stage); Metrics, which cost more, only if asked for."""
+) -> tuple[Any, Any, Any]:
+    """(what attention() returns, the words of HeadReports, stage times); arrays or tensors on the CPU, as q is."""
     options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
     _refuse_both(is_causal, attn_mask)
     calls = _calls_for(q)
@@ -151,11 +151,11 @@ def attention_reported(
     out, lse, words, times, *rows = calls.attention_reported(
         q, k, v, attn_mask, key_lengths, gqa, options, plan, statistics, backward
     )
-    heads, seconds = HeadReports.from_words(words), stage_seconds(times)
     result = (out, lse) if return_lse else (out,)
     if return_metrics:
+        heads, seconds = HeadReports.from_words(words), stage_seconds(times)
         result = (*result, _metrics(facts, q, k, rows, heads, seconds, asked, options))
-    return result[0] if len(result) == 1 else result, heads, seconds
+    return result[0] if len(result) == 1 else result, words, times
 
 
 def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:

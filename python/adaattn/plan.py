@@ -66,6 +66,9 @@ class Plan:
             object.__setattr__(self, field.name, array)
             if array.shape != self.form.shape:
                 raise ValueError(f"{field.name} has shape {array.shape}, must be that of form, {self.form.shape}")
+        # Plain numbers, for torch.compile knows neither these arrays nor structs.
+        object.__setattr__(self, "_shape", self.form.shape)
+        object.__setattr__(self, "_words", self._records()[..., None].view(np.int32).tolist())
 
     @classmethod
     def automatic(cls, batch: int, heads: int) -> Plan:
@@ -85,19 +88,32 @@ class Plan:
     @property
     def shape(self) -> tuple[int, int]:
         """(B, Hq)."""
-        batch, heads = self.form.shape
-        return batch, heads
+        shape: tuple[int, int] = self._shape  # type: ignore[attr-defined]
+        return shape
 
     def records(self, batch: int, heads: int) -> npt.NDArray[Any]:
         """The C library's structs for a call, (batch, heads) contiguous. A plan of one batch entry serves all.
 
         Raises ValueError if the plan is for another number of heads or of batch entries.
         """
+        self._check_call(batch, heads)
+        records: npt.NDArray[Any] = np.broadcast_to(self._records(), (batch, heads)).copy()
+        return records
+
+    def words(self, batch: int, heads: int) -> list[list[list[int]]]:
+        """records() as [batch][heads][PLAN_WORDS] integers of 32 bits, for torch, which has no structs."""
+        self._check_call(batch, heads)
+        words: list[list[list[int]]] = self._words  # type: ignore[attr-defined]
+        return words if len(words) == batch else words * batch
+
+    def _check_call(self, batch: int, heads: int) -> None:
         if self.shape[1] != heads or self.shape[0] not in (1, batch):
             raise ValueError(
                 f"plan is for {_counted(*self.shape)}, but q has {_counted(batch, heads)}: must be the same (a plan of "
                 "1 batch entry serves any number of them)"
             )
+
+    def _records(self) -> npt.NDArray[Any]:
         result = np.zeros(self.shape, RECORD)
         for field in fields(self):
             values = getattr(self, field.name)
@@ -106,12 +122,7 @@ class Plan:
                 numbers = {name: names.index(name) if name != "automatic" else -1 for name in names}
                 values = np.vectorize(numbers.__getitem__, otypes=[np.int32])(values)
             result[field.name] = values
-        records: npt.NDArray[Any] = np.broadcast_to(result, (batch, heads)).copy()
-        return records
-
-    def words(self, batch: int, heads: int) -> npt.NDArray[np.int32]:
-        """records() as (batch, heads, PLAN_WORDS) integers, for torch, which has no structs."""
-        return self.records(batch, heads)[..., None].view(np.int32)
+        return result
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):

@@ -21,7 +21,7 @@ from adaattn._options import Guarantee, checked_error, checked_guarantee
 from adaattn._policy_json import from_dict, to_dict
 from adaattn._policy_rule import HeadRule, HeadState, Key, LayerState, Seen, key_of
 from adaattn.functional import attention, attention_reported
-from adaattn.metrics import HeadReports
+from adaattn.metrics import HeadReports, stage_seconds
 from adaattn.plan import Plan, load, parse
 
 _FORMAT, _VERSION = "adaattn.policy", 1
@@ -99,10 +99,11 @@ class Policy:
         name = self.layer_name(layer)
         tokens = min(q.shape[2], k.shape[2]) if getattr(k, "ndim", 0) == 4 else 0
         plan = self.next_plan(name, q.shape[1], tokens, error=error, guarantee=guarantee)
-        result, heads, seconds = attention_reported(q, k, v, error=error, guarantee=guarantee, plan=plan, **options)
+        result, words, times = attention_reported(q, k, v, error=error, guarantee=guarantee, plan=plan, **options)
+        seconds = stage_seconds(times)
         # Exact kernels run no stages but attend: such a call says nothing about its heads.
         if seconds["measure"] + seconds["plan"] + seconds["verify"] > 0:
-            self.record(name, heads, tokens, error=error, guarantee=guarantee)
+            self.record(name, HeadReports.from_words(words), tokens, error=error, guarantee=guarantee)
         return result
 
     def layer_name(self, layer: object) -> str:

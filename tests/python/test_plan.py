@@ -133,6 +133,19 @@ class TestCalls:
         adaattn.attention(q.requires_grad_(), k, v, error=0.1, plan=plan)
         assert passed[-1] is None
 
+    def test_compiled_code_takes_plans(self, rng, passed):
+        torch = pytest.importorskip("torch")
+        q, k, v = map(torch.from_numpy, inputs(rng))
+        plan = adaattn.Plan.from_records(plan_of_all_kinds().records(BATCH, HEADS)[:1])
+
+        def call(q, k, v):
+            return adaattn.attention(2 * q, k, v, error=0.1, guarantee="bounded", plan=plan, kernel="cpu_flash")
+
+        out = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+        assert torch.equal(out, call(q, k, v))
+        assert len(passed) == 2
+        np.testing.assert_array_equal(passed[0], plan.records(BATCH, HEADS))
+
     def test_a_call_reports_a_plan_that_runs_again(self, rng):
         q, k, v = inputs(rng)
         options = {"error": 0.1, "kernel": "cpu_adaptive"}
@@ -222,7 +235,7 @@ class TestBadPlans:
         from adaattn._options import CallOptions
 
         q, k, v = map(torch.from_numpy, inputs(rng, tokens=16))
-        good = torch.from_numpy(adaattn.Plan.automatic(BATCH, HEADS).words(BATCH, HEADS))
+        good = torch.tensor(adaattn.Plan.automatic(BATCH, HEADS).words(BATCH, HEADS), dtype=torch.int32)
         for bad in (good[:1], good.float(), good.transpose(0, 1).contiguous().transpose(0, 1), good[..., :7]):
             with pytest.raises(ValueError, match="^plans is"):
                 torch_op.forward_reported_op(q, k, v, None, None, *CallOptions(error=0.1), bad)

@@ -181,15 +181,21 @@ class TestStep:
         assert rule.log_ratio(0.1, 0.1) == pytest.approx(rule.REFUSED)
 
 
-def reports(batch=1, heads=2, form=1, limit=0.0064, escalations=0, work=0.5, screen=-3.0, bound=math.inf, precision=0):
-    """What a call reports; each argument broadcasts to (batch, heads)."""
+def report_words(
+    batch=1, heads=2, form=1, limit=0.0064, escalations=0, work=0.5, screen=-3.0, bound=math.inf, precision=0
+):
+    """The words of what a call reports; each argument broadcasts to (batch, heads)."""
     words = np.zeros((batch, heads, HEAD_REPORT_WORDS), np.int64)
     records = words.view(np.dtype(HeadReport))[..., 0]
     records["plan"]["form"], records["plan"]["screen"], records["plan"]["drop"] = form, screen, 0.001
     records["plan"]["precision"] = records["plan"]["low_precision"] = precision
     records["escalations"], records["estimated_limit"], records["work"] = escalations, limit, work
     records["error_bound"] = bound
-    return HeadReports.from_words(words)
+    return words
+
+
+def reports(*shape, **values):
+    return HeadReports.from_words(report_words(*shape, **values))
 
 
 def called(policy, layer="a", heads=2, error=BUDGET, **changes):
@@ -448,8 +454,7 @@ def loop(monkeypatch):
     def fake(q, *rest, plan, **options):
         result, _, _ = run_call(q, *rest, plan=plan, **options)
         plans.append(plan)
-        seconds = dict.fromkeys(("measure", "plan", "attend", "verify"), 0.001)
-        return result, reports(q.shape[0], q.shape[1]), seconds
+        return result, report_words(q.shape[0], q.shape[1]), np.full(4, 0.001)
 
     monkeypatch.setattr(policy_module, "attention_reported", fake)
     return plans
@@ -648,3 +653,58 @@ class TestModules:
         ):
             with pytest.raises(ValueError, match="guarantee is 'sure'"):
                 call()
+
+
+class TestEngine:
+    """The loop around the real engine: 4,096 tokens, scores that are large near the diagonal alone."""
+
+    TOKENS, DIM, ERROR = 4096, 32, 0.05
+
+    def inputs(self, seed):
+        rng = np.random.default_rng(seed)
+        place = np.arange(self.TOKENS)[:, None] * 0.002 * (np.arange(self.DIM // 2) + 1)
+        turning = 2 * np.stack([np.cos(place), np.sin(place)], -1).reshape(1, 1, self.TOKENS, self.DIM)
+        q, k, v = rng.standard_normal((3, 1, 2, self.TOKENS, self.DIM))
+        return tuple(x.astype(np.float32) for x in (turning + 0.3 * q, turning + 0.3 * k, v))
+
+    def errors(self, out, q, k, v):
+        exact = adaattn.attention(q, k, v, is_causal=True)
+        norms = [np.linalg.norm(x.astype(np.float64), axis=(-2, -1)) for x in (out - exact, exact)]
+        return norms[0] / norms[1]
+
+    def test_the_loop(self):
+        policy = adaattn.Policy()
+        for seed in range(6):
+            q, k, v = self.inputs(seed)
+            kept = policy.plan("a", self.TOKENS) if seed else None
+            out, metrics = policy.attention("a", q, k, v, is_causal=True, error=self.ERROR, return_metrics=True)
+            assert (self.errors(out, q, k, v) <= self.ERROR).all()
+            assert metrics.seconds["measure"] > 0
+            again = metrics.heads.escalations[0] > 0
+            if kept is not None:  # what the head started with is what it ran, unless it missed
+                reported = metrics.heads.plan
+                assert (reported.screen == kept.screen)[0, ~again].all()
+                assert (reported.form == kept.form)[0, ~again].all()
+        found = policy.statistics()
+        assert (found.calls, found.heads) == (6, 12)
+        assert found.work < 0.9
+        assert found.escalated <= 2
+
+    def test_a_plan_runs_again(self):
+        q, k, v = self.inputs(0)
+        options = {"is_causal": True, "error": self.ERROR, "return_metrics": True}
+        out, first = adaattn.attention(q, k, v, **options)
+        assert first.form == "tiled"
+        again, second = adaattn.attention(q, k, v, plan=Plan.from_json(first.heads.plan.to_json()), **options)
+        np.testing.assert_array_equal(again, out)
+        assert second.heads.plan == first.heads.plan
+        assert (second.heads.work < first.heads.work).all()  # nothing had to be tried
+
+    def test_a_plan_that_is_too_loose_is_judged(self):
+        q, k, v = self.inputs(0)
+        zeros, names = np.zeros((1, 2), np.float32), np.full((1, 2), "float32")
+        loose = Plan(np.full((1, 2), "tiled"), names, names, zeros > 0, zeros.astype(int), zeros, zeros, zeros + 1)
+        out, metrics = adaattn.attention(q, k, v, is_causal=True, error=0.01, plan=loose, return_metrics=True)
+        assert (metrics.heads.escalations > 0).all()
+        assert (self.errors(out, q, k, v) <= 0.01).all()
+        assert not (metrics.heads.plan.screen == 0).any()
