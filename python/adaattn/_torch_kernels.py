@@ -14,10 +14,11 @@ from adaattn import _calls, _torch_arrays
 from adaattn._library import HEAD_REPORT_WORDS, STAGES, panel_rows
 from adaattn._options import CallOptions
 from adaattn._torch_arrays import empty_in_order_of, empty_rows, view
-from adaattn.plan import PLAN_WORDS
+from adaattn.plan import FORMS, PLAN_WORDS
 
 TILE_KEYS = 64
 _UNWRITTEN = 255  # no class of tiles
+_LOW_RANK = FORMS.index("low_rank")
 
 
 def _run_forward(
@@ -118,8 +119,11 @@ def forward_recorded(
         return results[: 6 if statistics else 4]
 
     _run_forward(q, k, v, attn_mask, key_lengths, options, made, plans, results[-1])
-    classes = results[-1].flatten(2)
-    tiled = _plan_words(results[2])[:, 0].reshape(q.shape[:2]) != 0
+    forms = _plan_words(results[2])[:, 0].reshape(q.shape[:2])
+    if (forms == _LOW_RANK).any():  # which has no gradient of its own: exactly, then
+        _run_forward(q, k, v, attn_mask, key_lengths, CallOptions(*options)._replace(error=0.0, kernel=None), made)
+        return results
+    classes, tiled = results[-1].flatten(2), forms != 0
     if classes.shape[2] and (tiled & (classes[..., 0] == _UNWRITTEN).cpu()).any():
         raise NotImplementedError(
             'the kernel that took this call does not say what became of its tiles: use backward="exact", or call it '

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from adaattn import __version__
 
-COMMANDS = ("info", "verify", "eval", "inspect", "bench")
+COMMANDS = ("info", "verify", "eval", "inspect", "gradients", "bench")
 
 
 def make_parser() -> argparse.ArgumentParser:
