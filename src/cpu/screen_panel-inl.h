@@ -116,7 +116,8 @@ HWY_INLINE bool all_below(Pair top, Pair limit) {  // false if there is a NaN
 }
 
 // Classes are ADAATTN_TILE_HIDDEN, DROPPED, POOLED, LOW and HIGH. The first tile, the last that is seen and those that
-// only part of the rows see are never left out.
+// only part of the rows see are never left out, nor are those before them: rows at the start of a tile find their
+// neighbours there.
 inline HWY_NOINLINE void class_panel(const ForwardPlan& plan, const Visibility& visibility, const Panel& panel,
                                      const KeyHead& keys, const adaattn_head_plan& rule, const BlockTiles& block,
                                      std::size_t index, TileCounts& counts) {
@@ -149,7 +150,9 @@ inline HWY_NOINLINE void class_panel(const ForwardPlan& plan, const Visibility& 
     if (classes[tile] == ADAATTN_TILE_HIDDEN) continue;
     if (!view_class_tile(visibility, panel, tile, plan.args->k.shape[2]).all_visible) continue;
     const Pair top = load_pair(scratch.tops + tile * kPanelLanes);
-    if (tile > 0 && tile + 1 < block.tiles && all_below(top, leave)) {
+    const bool inner = tile > 0 && tile + 1 < block.tiles &&
+                       view_class_tile(visibility, panel, tile + 1, plan.args->k.shape[2]).all_visible;
+    if (inner && all_below(top, leave)) {
       classes[tile] = static_cast<std::uint8_t>(rule.pooled != 0 ? ADAATTN_TILE_POOLED : ADAATTN_TILE_DROPPED);
       ++(rule.pooled != 0 ? counts.pooled : counts.dropped);
     } else if (rule.low < 0) {
