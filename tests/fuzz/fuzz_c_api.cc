@@ -1,9 +1,12 @@
 // Fuzzes the C interface: whatever the structs hold, a call ends with a status, a refusal has a reason, and memory that
 // is not the call's stays untouched (the sanitizers watch).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "adaattn/adaattn.h"
 #include "hostile.h"
@@ -137,15 +140,47 @@ void fuzz_merge(Hostile& from) {
   check(adaattn_merge(&args));
 }
 
+bool is_shape(const adaattn_tensor& tensor, const Shape& shape) {
+  return std::equal(shape.begin(), shape.end(), tensor.shape);
+}
+
+void fuzz_measure(Hostile& from) {
+  const Sizes s(from);
+  adaattn_measure_args args{};
+  fill_inputs(from, s, args);
+  args.statistics = from.once_in(16) ? static_cast<std::uint32_t>(from.wild_integer()) : from.in(1U, 31U);
+  args.power_iterations = from.once_in(32) ? static_cast<std::int32_t>(from.wild_integer()) : from.in(0, 2);
+  args.sample_rows = from.once_in(32) ? from.wild_integer() : from.in(1, 70);
+  args.sketch = from.once_in(32) ? from.wild_integer() : from.in(0, 12);
+  args.seed = static_cast<std::uint64_t>(from.wild_integer());
+  if (from.once_in(8)) args.v.data = nullptr;
+  // The results' length follows from q and k, whatever was meant.
+  if (!is_shape(args.q, {s.batch, s.query_heads, s.queries, s.dim}) ||
+      !is_shape(args.k, {s.batch, s.key_heads, s.keys, s.dim}))
+    return check(adaattn_measure_workspace(&args, std::make_unique<std::size_t>().get()));
+  const auto heads = static_cast<std::size_t>(s.batch * s.query_heads), dim = static_cast<std::size_t>(s.dim);
+  const auto key_heads = static_cast<std::size_t>(s.batch * s.key_heads);
+  const std::int64_t rows = std::min(std::max<std::int64_t>(args.sample_rows, 0), s.queries);
+  const auto core = static_cast<std::size_t>(args.sketch > 0 && args.sketch < rows ? args.sketch : rows);
+  std::vector<adaattn_head_statistics> statistics(heads + 1);
+  std::vector<double> gram_q(heads * dim * dim + 1), gram_k(key_heads * dim * dim + 1), cores(heads * core * core + 1);
+  if (!from.once_in(64)) args.heads = statistics.data();
+  if (!from.once_in(64)) args.gram_q = gram_q.data();
+  if (!from.once_in(64)) args.gram_k = gram_k.data();
+  if (!from.once_in(64)) args.softmax_core = cores.data();
+  if (give_workspace(from, args, adaattn_measure_workspace)) check(adaattn_measure(&args));
+}
+
 }  // namespace
 }  // namespace adaattn::fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   adaattn::fuzz::Hostile from(data, size);
-  switch (from.in(0, 3)) {
+  switch (from.in(0, 4)) {
     case 0:
     case 1: adaattn::fuzz::fuzz_forward(from); break;
     case 2: adaattn::fuzz::fuzz_backward(from); break;
+    case 3: adaattn::fuzz::fuzz_measure(from); break;
     default: adaattn::fuzz::fuzz_merge(from);
   }
   return 0;

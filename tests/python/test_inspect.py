@@ -96,6 +96,18 @@ def test_heads_command(heads_file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "layer" in output.err  # the progress
 
 
+def test_bounds_are_shown(heads_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", "--heads", str(heads_file), "--error", "0.1", "--kernel", "cpu_bounded", "--truth"]
+    assert main([*arguments, "--guarantee", "bounded"]) == 0
+    output = capsys.readouterr().out
+    assert "bound" in output.splitlines()[3].split()
+    assert "largest bound" in output
+    assert main([*arguments, "--guarantee", "bounded", "--json"]) == 0
+    for layer in json.loads(capsys.readouterr().out)["layers"]:
+        bounds = [np.inf if bound is None else bound for bound in layer["error_bound"]]
+        assert all(error <= bound for error, bound in zip(layer["true_error"], bounds, strict=True))
+
+
 def test_stored_heads_by_any_name(tmp_path: Path, rng: Any) -> None:
     q, k, v = (rng.standard_normal((h, 5, 4), dtype=np.float32) for h in (4, 2, 2))
     np.savez(tmp_path / "one.npz", q=q, k=k, v=v)
@@ -193,7 +205,7 @@ def test_pictures(heads_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for file in facts["files"]:
         assert Path(file).read_bytes().startswith(b"\x89PNG")
     drawn = str(folder / "tiles_1_1.png") in facts["files"]
-    assert drawn != ("no tile map: layer 1, head 1" in output.err)
+    assert drawn != ("no tile map of layer 1, head 1" in output.err)
 
 
 @needs_matplotlib

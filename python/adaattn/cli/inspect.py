@@ -163,7 +163,9 @@ def _draw(args: argparse.Namespace, name: str, layers: list[Layer]) -> list[Path
     index, head = args.tile_map
     layer = layers[index]
     if layer.forms[head] != "tiled" or layer.tiles is None or not layer.tiles.any():
-        print(f"no tile map: layer {index}, head {head} ran {layer.forms[head]}, in {layer.kernel}", file=sys.stderr)
+        form = str(layer.forms[head]).replace("_", " ")
+        why = f"it ran {form}" if form != "tiled" else f"{layer.kernel} reports no classes of tiles"
+        print(f"no tile map of layer {index}, head {head}: {why}", file=sys.stderr)
         return paths
     paths.append(args.png / f"tiles_{index}_{head}.png")
     title = f"layer {index}, head {head}: tiles at a {budget}\nwork {layer.work[head]:.2f} of dense attention"
@@ -173,9 +175,11 @@ def _draw(args: argparse.Namespace, name: str, layers: list[Layer]) -> list[Path
 
 def _report(facts: dict[str, Any], layers: list[Layer]) -> str:
     measured = facts["truth"] is not None
-    header = ("layer", "head", "form", "precision", "work", "again", "estimated", *(["error"] if measured else []),
+    bounded = facts["guarantee"] == "bounded"
+    header = ("layer", "head", "form", "precision", "work", "again", "bound" if bounded else "estimated",
+              *(["error"] if measured else []),
               "high", "low", "summed", "pooled", "dropped", "entropy", "rank P", "rank S")  # fmt: skip
-    rows = [_row(layer, head, measured) for layer in layers for head in range(len(layer.forms))]
+    rows = [_row(layer, head, bounded) for layer in layers for head in range(len(layer.forms))]
     blocks = [
         f"{facts['name']}\nerror budget {facts['error']:g}, {facts['guarantee']}; kernel "
         + ", ".join(sorted({layer.kernel for layer in layers})),
@@ -189,7 +193,7 @@ def _report(facts: dict[str, Any], layers: list[Layer]) -> str:
     return "\n\n".join(blocks)
 
 
-def _row(layer: Layer, head: int, measured: bool) -> tuple[str, ...]:
+def _row(layer: Layer, head: int, bounded: bool) -> tuple[str, ...]:
     def share(name: str) -> str:
         value = layer.tile_shares[name][head]
         return "" if np.isnan(value) else f"{value:.0%}"
@@ -201,8 +205,8 @@ def _row(layer: Layer, head: int, measured: bool) -> tuple[str, ...]:
         str(layer.precisions[head]),
         f"{layer.work[head]:.2f}",
         str(layer.escalations[head] or ""),
-        f"{layer.estimated_error[head]:.1e}",
-        *([f"{layer.true_error[head]:.1e}"] if measured and layer.true_error is not None else []),
+        f"{(layer.error_bound if bounded else layer.estimated_error)[head]:.1e}",
+        *([f"{layer.true_error[head]:.1e}"] if layer.true_error is not None else []),
         *(share(name) for name in ("high", "low", "summarised", "pooled", "dropped")),
         f"{layer.entropy[head]:.2f}",
         str(layer.softmax_rank[head]),
@@ -233,5 +237,8 @@ def _totals(facts: dict[str, Any], layers: list[Layer]) -> str:
     work = np.concatenate([layer.work for layer in layers]).mean()
     kind = "estimated error" if facts["truth"] is None else "error"
     text = f"{heads} heads: work {work:.2f} of dense attention, {again} ran again, largest {kind} {errors.max():.1e}"
+    if facts["guarantee"] == "bounded":
+        bounds = np.concatenate([layer.error_bound for layer in layers])
+        text += f", largest bound {bounds.max():.1e}"
     over = int((errors > facts["error"]).sum())
     return text + (f", {over} over the budget of {facts['error']:g}" if facts["error"] > 0 else "")
