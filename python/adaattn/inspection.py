@@ -109,18 +109,19 @@ def inspect_heads(
     head = request.tile_map[1] if request.tile_map is not None and request.tile_map[0] == index else None
     if head is not None and head >= q.shape[1]:
         raise ValueError(f"the head of the tile map is {head}, layer {index} has {q.shape[1]}")
-    done = attend(
-        q, k, v, error=request.error, guarantee=request.guarantee, is_causal=is_causal, attn_mask=attn_mask,
-        scale=scale, kernel=request.kernel, with_tiles=head is not None,
-    )  # fmt: skip
+    call: dict[str, Any] = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale}
+    budget: dict[str, Any] = {"error": request.error, "guarantee": request.guarantee, "kernel": request.kernel}
+    done = attend(q, k, v, **call, **budget)
+    if (
+        head is not None and done.forms[0, head] == "tiled"
+    ):  # apart, for a call that keeps the tiles runs no low-rank heads
+        done = done._replace(tiles=attend(q, k, v, **call, **budget, with_tiles=True).tiles)
     statistics = measure(q, k, v, **options, sample_rows=request.sample_rows, seed=request.seed)
     true_error = None
     if request.truth == "fp64":
         true_error = relative_errors(done.out, reference(q, k, v, **options)[0])[0]
     elif request.truth == "exact":
-        exact = attend(
-            q, k, v, error=0.0, guarantee="measured", is_causal=is_causal, attn_mask=attn_mask, scale=scale
-        )  # fmt: skip
+        exact = attend(q, k, v, **call, error=0.0, guarantee="measured")
         true_error = relative_errors(done.out, exact.out)[0]
     return done.out, _layer(index, q, k, is_causal, done, true_error, statistics, head)
 

@@ -22,7 +22,7 @@ VOCABULARY = 128
 ADAPTIVE = ["--kernel", "cpu_adaptive", "--error", "0.1"]
 
 
-def local_heads(rng: Any, heads: int = 2, n: int = 1536, d: int = 32) -> tuple[Any, ...]:
+def local_heads(rng: Any, heads: int = 2, n: int = 2304, d: int = 32) -> tuple[Any, ...]:
     """Scores are large near the diagonal alone, so that tiles far away from it can be left out."""
     place = np.arange(n)[:, None] * 0.002 * (np.arange(d // 2) + 1)
     turning = 2 * np.stack([np.cos(place), np.sin(place)], -1).reshape(1, 1, n, d)
@@ -82,13 +82,13 @@ def test_heads_command(heads_file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["inspect", "--heads", str(heads_file), *ADAPTIVE, "--truth", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [layer["index"] for layer in facts["layers"]] == [0, 1]
-    assert facts["tokens"] == 1536
+    assert facts["tokens"] == 2304
     assert facts["truth"] == "exact"
     layer = facts["layers"][0]
     assert layer["causal"] is True
     assert len(layer["forms"]) == len(layer["work"]) == len(layer["true_error"]) == 2
     assert layer["statistics"]["entropy"]
-    assert main(["inspect", "--heads", str(heads_file), *ADAPTIVE, "--tokens", "1536", "--bidirectional"]) == 0
+    assert main(["inspect", "--heads", str(heads_file), *ADAPTIVE, "--tokens", "2304", "--bidirectional"]) == 0
     output = capsys.readouterr()
     assert "4 heads: work" in output.out
     assert "cpu_adaptive" in output.out
