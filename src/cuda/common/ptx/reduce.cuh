@@ -13,9 +13,16 @@ __device__ __forceinline__ void store_transposed(std::uint32_t shared_address, c
                : "memory");
 }
 
-// to[0..3] += values, to in global memory on 16 bytes; each element atomically, in no order.
-__device__ __forceinline__ void add_to_global(float* to, float a, float b, float c, float d) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+// to[i] += from[i] for the float32 elements of so many bytes, by the copy engine: to in global memory, from in shared
+// memory, both on 16 bytes; each element atomically, in no order. Closes a group of copies.
+__device__ __forceinline__ void add_to_global(float* to, const float* from, std::uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(to),
+               "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(from))), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
+// Until this thread's groups have read their sources, or are done altogether.
+__device__ __forceinline__ void wait_sources_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+__device__ __forceinline__ void wait_copies_done() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
 }  // namespace adaattn::cuda::ptx

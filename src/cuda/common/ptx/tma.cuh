@@ -30,4 +30,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 // Orders ordinary writes to shared memory before later reads of it by the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared); }
 
+// The same for memory of any kind, and for what the copy engine wrote.
+__device__ __forceinline__ void fence_async_proxy_everywhere() { ::cuda::ptx::fence_proxy_async(); }
+
 }  // namespace adaattn::cuda::ptx

@@ -44,10 +44,12 @@ struct BackwardShared {
   alignas(1024) Element dout[Config::kStages][Config::kChunks][Config::kQueries][64];
   // Two buffers: the barrier that says that one is full also says that the other has been read.
   alignas(1024) Element ds[2][Config::kKeys / 64][Config::kQueries][64];
+  alignas(128) float dq[2][64 * Config::kSharedQueries];         // each consumer's, in the order of its registers
   alignas(16) float rows[Config::kStages][2][Config::kQueries];  // lse / ln 2, delta
   std::uint64_t k_full, v_full;
   std::uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   std::uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
+  std::uint64_t dq_full[2], dq_empty[2];
   KeyPlan plan;
 };
 

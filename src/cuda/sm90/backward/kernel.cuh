@@ -22,24 +22,6 @@
 
 namespace adaattn::cuda::sm90 {
 
-// The query tiles of a plan one after the other, head by head.
-struct QueryWalk {
-  int head, tile;
-
-  __device__ __forceinline__ QueryWalk(const BackwardParams& params, const KeyPlan& plan)
-      : head(plan.key_head * params.group), tile(plan.first_tile) {}
-  __device__ __forceinline__ void advance(const KeyPlan& plan) {
-    if (++tile == plan.first_tile + plan.tiles) {
-      tile = plan.first_tile;
-      ++head;
-    }
-  }
-};
-
-__device__ __forceinline__ int tile_index(const BackwardParams& params, const KeyPlan& plan, const QueryWalk& walk) {
-  return (plan.batch * params.heads + walk.head) * params.query_tiles + walk.tile;
-}
-
 template <typename Config>
 __device__ __forceinline__ void produce(const BackwardParams& params, BackwardShared<Config>& shared) {
   const KeyPlan& plan = shared.plan;
@@ -205,7 +187,6 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
       clear_tail(shared, plan.key_count - plan.first_key);
 
     QueryWalk walk(params, plan);
-    QueryGradient<Config> gradient(params, plan, consumer);
     // Operands are made where they are used: kept over the loop, each of their addresses would take a register.
     const auto start_scores = [&](float(&scores)[kQueries / 2], int stage) {
       Operands::template start_scores<T>(scores, RowMajor(Operands::address(shared.k[0][64 * consumer])),
@@ -280,7 +261,6 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
       ptx::fence_async_proxy();
       if constexpr (!Config::kEarlyValues) start_dv();
       Operands::template start_sums<T>(dk, ds, Columns(Operands::address(shared.q[stage])));
-      gradient.next(tile_index(params, plan, walk), walk.tile);
       walk.advance(plan);
 
       // Fresh ones: old values would count as read by the products, and keep their registers until then.
@@ -299,7 +279,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
       ptx::wgmma_wait<0>();
       ptx::pin_registers(next_scores);
       ptx::pin_registers(dq);
-      gradient.add(dq);
+      stage_dq(shared, dq, consumer, step);
       // Here and not above: its loop keeps the assembler from holding the registers of dQ and of dP at the same time.
       if (more) ptx::wait(shared.dout_full[next], parity);
       start_dp(next_dp, next);
@@ -309,7 +289,6 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
 #pragma unroll
       for (int i = 0; i < kQueries / 2; ++i) scores[i] = next_scores[i], dp[i] = next_dp[i];
     }
-    gradient.finish();
   }
   store_keys<T, Config>(params.dk, params.dk_stride, plan, first_key(), params.key_count, params.dim, dk, params.scale);
   store_keys<T, Config>(params.dv, params.dv_stride, plan, first_key(), params.key_count, params.dim_v, dv, 1.0f);
@@ -329,6 +308,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
       ptx::init_barrier(shared.q_empty[stage], kConsumerWarps);
       ptx::init_barrier(shared.dout_empty[stage], kConsumerWarps);
     }
+    for (int consumer = 0; consumer < 2; ++consumer) {
+      ptx::init_barrier(shared.dq_full[consumer], kConsumerWarps / 2);
+      ptx::init_barrier(shared.dq_empty[consumer], 1);
+    }
     ptx::publish_barriers();
     // Blocks that wait for others must know that those have started: they take their work in the order they start in.
     const int block = Config::kOrdered ? static_cast<int>(atomicAdd(params.order, 1u)) : static_cast<int>(blockIdx.x);
@@ -339,6 +322,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   if (warpgroup == 0) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == 0) produce(params, shared);
+    if (threadIdx.x == 32 || threadIdx.x == 64) add_dq(params, shared, static_cast<int>(threadIdx.x) / 32 - 1);
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     consume<T, Config>(params, shared, warpgroup - 1);

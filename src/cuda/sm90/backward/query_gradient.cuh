@@ -1,66 +1,60 @@
-// Where a consumer adds its part of dQ: to FP32 sums in global memory, in the order of its registers.
+// The way of dQ: from a consumer's registers through shared memory to FP32 sums in global memory.
 #pragma once
 
 #include <cuda/atomic>
 
+#include "cuda/common/ptx/mbarrier.cuh"
 #include "cuda/common/ptx/reduce.cuh"
+#include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/ptx/warpgroup.cuh"
 #include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/backward/schedule.cuh"
 
 namespace adaattn::cuda::sm90 {
 
-// The sums of one tile and consumer: [register / 4][thread][register % 4]. So each warp adds 512 bytes in a row.
+// A consumer's part of a tile, also in global memory: [register / 4][thread][register % 4].
 template <typename Config>
-class QueryGradient {
- public:
-  static constexpr int kRegisters = Config::kSharedQueries / 2;
-
-  __device__ __forceinline__ QueryGradient(const BackwardParams& params, const KeyPlan& plan, int consumer)
-      : params_(params), plan_(plan), consumer_(consumer) {}
-
-  // The tile that the following add() adds to.
-  __device__ __forceinline__ void next(int index, int query_tile) {
-    index_ = index;
-    query_tile_ = query_tile;
-  }
-
-  __device__ __forceinline__ void add(const float (&dq)[kRegisters]) {
-    if constexpr (Config::kOrdered) {
-      finish();
-      added_ = params_.order + 1 + 2 * std::int64_t{index_} + consumer_;
-      const unsigned turn = turn_of<Config>(params_, plan_, query_tile_);
-      if (threadIdx.x % 128 == 0)
-        while (::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(*added_).load(::cuda::memory_order_acquire) !=
-               turn) {
-        }
-      ptx::barrier_sync(2 + consumer_, ptx::kWarpgroupThreads);
-    }
-    float* to =
-        params_.dq + (2 * std::int64_t{index_} + consumer_) * (128 * kRegisters) + 4 * ptx::thread_in_warpgroup();
+__device__ __forceinline__ void stage_dq(BackwardShared<Config>& shared, const float (&dq)[Config::kSharedQueries / 2],
+                                         int consumer, int step) {
+  ptx::wait(shared.dq_empty[consumer], step % 2 ^ 1);
+  const int thread = ptx::thread_in_warpgroup();
+  float4* to = reinterpret_cast<float4*>(shared.dq[consumer]) + thread;
 #pragma unroll
-    for (int i = 0; i < kRegisters / 4; ++i)
-      ptx::add_to_global(to + 512 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-  }
+  for (int i = 0; i < Config::kSharedQueries / 8; ++i)
+    to[128 * i] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+  ptx::fence_async_proxy();
+  __syncwarp();
+  if (thread % 32 == 0) ptx::arrive(shared.dq_full[consumer]);
+}
 
-  // In a deterministic order: lets the next block add to the tile added to last. Done as late as the next add(), when
-  // the sums have long arrived.
-  __device__ __forceinline__ void finish() {
-    if (!Config::kOrdered || added_ == nullptr) return;
-    __threadfence();
-    ptx::barrier_sync(2 + consumer_, ptx::kWarpgroupThreads);
-    if (threadIdx.x % 128 == 0)
-      ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(*added_).fetch_add(1, ::cuda::memory_order_release);
-    added_ = nullptr;
+// One thread adds what one consumer stages. Consumers never wait for a block's turn in a deterministic order, only for
+// the place of the tile before.
+template <typename Config>
+__device__ __forceinline__ void add_dq(const BackwardParams& params, BackwardShared<Config>& shared, int consumer) {
+  constexpr int kElements = 64 * Config::kSharedQueries;
+  using Counter = ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>;
+  const KeyPlan& plan = shared.plan;
+  QueryWalk walk(params, plan);
+  const int steps = plan.tiles * params.group;
+  for (int step = 0; step < steps; ++step, walk.advance(plan)) {
+    const std::int64_t part = 2 * std::int64_t{tile_index(params, plan, walk)} + consumer;
+    ptx::wait(shared.dq_full[consumer], step % 2);
+    if constexpr (Config::kOrdered) {
+      const unsigned turn = turn_of<Config>(params, plan, walk.tile);
+      while (Counter(params.order[1 + part]).load(::cuda::memory_order_acquire) != turn) {
+      }
+    }
+    ptx::add_to_global(params.dq + part * kElements, shared.dq[consumer], kElements * sizeof(float));
+    ptx::wait_sources_read();
+    ptx::arrive(shared.dq_empty[consumer]);
+    if constexpr (Config::kOrdered) {
+      ptx::wait_copies_done();
+      ptx::fence_async_proxy_everywhere();
+      __threadfence();
+      Counter(params.order[1 + part]).fetch_add(1, ::cuda::memory_order_release);
+    }
   }
-
- private:
-  const BackwardParams& params_;
-  const KeyPlan& plan_;
-  const int consumer_;
-  int index_ = 0;
-  int query_tile_ = 0;
-  unsigned* added_ = nullptr;
-};
+  ptx::wait_sources_read();  // shared memory is given back when the block ends
+}
 
 }  // namespace adaattn::cuda::sm90

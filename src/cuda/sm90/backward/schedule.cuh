@@ -88,4 +88,22 @@ __device__ __forceinline__ int turn_of(const BackwardParams& params, const KeyPl
   return max(0, last + 1 - max(first, sink_blocks)) + sink_blocks - 1 - block;
 }
 
+// The query tiles of a plan one after the other, head by head.
+struct QueryWalk {
+  int head, tile;
+
+  __device__ __forceinline__ QueryWalk(const BackwardParams& params, const KeyPlan& plan)
+      : head(plan.key_head * params.group), tile(plan.first_tile) {}
+  __device__ __forceinline__ void advance(const KeyPlan& plan) {
+    if (++tile == plan.first_tile + plan.tiles) {
+      tile = plan.first_tile;
+      ++head;
+    }
+  }
+};
+
+__device__ __forceinline__ int tile_index(const BackwardParams& params, const KeyPlan& plan, const QueryWalk& walk) {
+  return (plan.batch * params.heads + walk.head) * params.query_tiles + walk.tile;
+}
+
 }  // namespace adaattn::cuda::sm90

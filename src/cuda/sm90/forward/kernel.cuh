@@ -113,11 +113,10 @@ __device__ __forceinline__ void clear_tail(ForwardShared<Config>& shared, int st
 template <typename T, typename Config>
 __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShared<Config>& shared, int consumer) {
   constexpr int kKeys = Config::kKeys, kTurnThreads = 2 * ptx::kWarpgroupThreads;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int turn = 1 + consumer, next_turn = 1 + (consumer + 1) % Config::kConsumers;
   const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
   const auto release = [&](ptx::Barrier& barrier) {
-    if (lane == 0) ptx::arrive(barrier);
+    if (ptx::thread_in_warpgroup() % 32 == 0) ptx::arrive(barrier);
   };
   const RowMajor<Config> q(address(shared.q[0][64 * consumer]));
   ptx::RingPlace<Config::kStages> k_place, v_place;
@@ -127,15 +126,20 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
   for (;;) {
     ptx::wait(shared.q_full, q_place.parity);
     q_place.advance();
-    const TilePlan plan = shared.plan;
+    const TilePlan& plan = shared.plan;  // until q_empty; registers are scarce
     if (plan.first_query < 0) return;
+    const TilePlan kept{.first_query = plan.first_query, .head = plan.head, .batch = plan.batch};
 
     const StripPlan strip = plan_strip<Config>(params, plan, consumer);
-    const int first_row = plan.first_query + 64 * consumer + 16 * warp + lane / 4;
+    const auto first_row = [&] {
+      const int thread = ptx::thread_in_warpgroup();
+      return kept.first_query + 64 * consumer + 16 * (thread / 32) + thread % 32 / 4;
+    };
     const auto hide_unseen = [&](float(&scores)[kKeys / 2], int step) {
       const int block = block_of_step(plan, step);
       if (block >= strip.full_begin && block < strip.full_end) return;
-      hide(scores, visibility_of(params, plan.key_count), first_row, block * kKeys + 2 * (lane % 4));
+      hide(scores, visibility_of(params, plan.key_count), first_row(),
+           block * kKeys + 2 * (ptx::thread_in_warpgroup() % 4));
     };
     float out[Config::kDim / 2];
 #pragma unroll
@@ -214,7 +218,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     } else {
       ptx::arrive(shared.q_empty);
     }
-    store_tile<T, Config>(params, plan, first_row, out, state);
+    store_tile<T, Config>(params, kept, first_row(), out, state);
   }
 }
 
