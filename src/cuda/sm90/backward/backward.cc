@@ -31,8 +31,6 @@ void with_config(const adaattn_backward_args& args, const Visitor& visit) {
   const auto with_order = [&]<bool kOrdered>() {
     if (std::max(args.q.shape[3], args.v.shape[3]) <= 64)
       visit(BackwardDim64<kOrdered>{});
-    else if (tiles_differ(args))
-      visit(BackwardDim128Masked<kOrdered>{});
     else
       visit(BackwardDim128<kOrdered>{});
   };

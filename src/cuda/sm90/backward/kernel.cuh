@@ -4,9 +4,9 @@
 // it transposed so that P^T and dS^T leave the tensor cores as the A operands of the next products:
 //   S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q,
 //   dQ^T += K^T dS^T
-// dV and dK stay in registers. dQ^T needs the dS of both consumers, which meet in shared memory, and is added to sums
-// in global memory. The next block's S^T starts before this block's dQ^T, so that its exponentials have products to
-// hide behind. The scale on dQ and dK is left to the end.
+// dV and dK stay in registers. dQ^T needs the dS of both consumers, which meet in shared memory, from where the copy
+// engine adds it to sums in global memory. The next block's S^T starts before this block's dQ^T, so that its
+// exponentials have products to hide behind. The scale on dQ and dK is left to the end.
 #pragma once
 
 #include "cuda/common/ptx/mbarrier.cuh"
@@ -182,9 +182,10 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
 
   if (plan.tiles > 0) {
     ptx::wait(shared.k_full, 0);
-    ptx::wait(shared.v_full, 0);
-    if (plan.key_count < params.key_count && plan.key_count < plan.first_key + Config::kKeys)
+    if (plan.key_count < params.key_count && plan.key_count < plan.first_key + Config::kKeys) {
+      ptx::wait(shared.v_full, 0);
       clear_tail(shared, plan.key_count - plan.first_key);
+    }
 
     QueryWalk walk(params, plan);
     // Operands are made where they are used: kept over the loop, each of their addresses would take a register.
@@ -221,6 +222,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
     float scores[kQueries / 2], dp[kQueries / 2];
     ptx::wait(shared.q_full[0], 0);
     start_scores(scores, 0);
+    ptx::wait(shared.v_full, 0);
     ptx::wait(shared.dout_full[0], 0);
     start_dp(dp, 0);
     ptx::wgmma_wait<0>();

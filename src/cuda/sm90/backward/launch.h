@@ -10,9 +10,7 @@ namespace adaattn::cuda::sm90 {
 template <bool kOrdered>
 using BackwardDim64 = BackwardConfig<64, 128, false, kOrdered>;
 template <bool kOrdered>
-using BackwardDim128 = BackwardConfig<128, 80, false, kOrdered>;
-template <bool kOrdered>
-using BackwardDim128Masked = BackwardConfig<128, 64, true, kOrdered>;  // smaller steps waste less at the diagonal
+using BackwardDim128 = BackwardConfig<128, 64, true, kOrdered>;
 
 // What happens once per query row.
 struct RowParams {
