@@ -29,7 +29,9 @@ namespace {
 
 constexpr std::int64_t kPilotPanels = 4;  // of kMaxPanelLanes queries
 constexpr auto kPilotQueries = static_cast<std::int64_t>(kMaxPanelLanes);
-constexpr std::int64_t kLeastTokens = 1024;  // fewer leave nothing over once the pilot is paid
+// Fewer leave nothing over once spreads and pilot are paid: 4 % of the work of a head that then runs densely, at 4,096
+// tokens. A call that names the kernel wants to see it at work.
+constexpr std::int64_t kLeastTokens = 4096, kLeastTokensIfNamed = 1024;
 // Multiply-adds that tiles must save, as a share of dense attention's: the pilot, the spreads and the second pass over
 // the exponentials cost about 0.07.
 constexpr double kLeastSaving = 0.12;
@@ -82,7 +84,7 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
   engine.args = &args;
   engine.threads = thread_count(args.options.num_threads);
   engine.heads = args.q.shape[0] * args.q.shape[1];
-  engine.tiles_pay = std::min(nq, nk) >= kLeastTokens;
+  engine.tiles_pay = std::min(nq, nk) >= (args.options.kernel != nullptr ? kLeastTokensIfNamed : kLeastTokens);
   if (engine.tiles_pay) {
     engine.block = bounded_block_rows(args);
   } else {
@@ -158,13 +160,13 @@ void measure(const Engine& engine) {
   });
 }
 
-// The spreads' and the pilot's multiply-adds for one query head, as a share of dense attention's.
-double planning_share(const adaattn_forward_args& args) {
+// The multiply-adds of the spreads and of some pilot panels for one query head, as a share of dense attention's.
+double planning_share(const adaattn_forward_args& args, std::int64_t panels) {
   const auto d = static_cast<double>(args.q.shape[3]), dv = static_cast<double>(args.v.shape[3]);
   const auto nq = static_cast<double>(args.q.shape[2]), tile = static_cast<double>(kBoundTile);
   const double group = static_cast<double>(args.q.shape[1]) / static_cast<double>(args.k.shape[1]);
   const double visible = nq * (args.options.causal != 0 ? 0.5 : 1);
-  return tile * (dv + tile) / group / (visible * (d + dv)) + static_cast<double>(kPilotPanels * kPilotQueries) / nq;
+  return tile * (dv + tile) / group / (visible * (d + dv)) + static_cast<double>(panels * kPilotQueries) / nq;
 }
 
 double tile_work(const adaattn_forward_args& args, const BlockBound& block) {
@@ -213,10 +215,18 @@ void plan_heads(const Engine& engine) {
   const auto may_be_tiled = [&](std::int64_t h) {
     return engine.tiles_pay && asked(h) != ADAATTN_DENSE && values_of(engine, h).sizes->finite;
   };
-  if (engine.tiles_pay)
+  const auto pays = [&](const BlockBound& pilot) { return 1 - tile_work(args, pilot) >= kLeastSaving; };
+  // Two panels in the middle say whether the head is worth the other two.
+  for (const bool middle : {true, false}) {
+    if (!engine.tiles_pay) break;
     for_all(engine, engine.heads * kPilotPanels, [&](std::int64_t i, const ThreadScratch& scratch) {
-      engine.pilots[i] = may_be_tiled(i / kPilotPanels) ? try_panel(engine, i, scratch) : BlockBound{};
+      const std::int64_t h = i / kPilotPanels, panel = i % kPilotPanels;
+      BlockBound* pilots = engine.pilots + h * kPilotPanels;
+      if ((panel == 1 || panel == 2) != middle) return;
+      const bool wanted = may_be_tiled(h) && (middle || pays(add(pilots[1], pilots[2])));
+      pilots[panel] = wanted ? try_panel(engine, i, scratch) : BlockBound{};
     });
+  }
   for (std::int64_t h = 0; h < engine.heads; ++h) {
     HeadState& state = engine.states[h];
     state = {};
@@ -224,13 +234,14 @@ void plan_heads(const Engine& engine) {
     for (std::int64_t i = 0; i < engine.blocks; ++i)
       engine.block_states[h * engine.blocks + i] = {.bound = {}, .wanted = true, .summarises = true};
     if (!may_be_tiled(h)) continue;
-    state.work = planning_share(args);
+    const bool tried = engine.pilots[h * kPilotPanels].tiles > 0;  // the panels at the ends, too
+    state.work = planning_share(args, tried ? kPilotPanels : kPilotPanels / 2);
+    if (!tried) continue;
     BlockBound pilot;
     for (std::int64_t i = 0; i < kPilotPanels; ++i) pilot = add(pilot, engine.pilots[h * kPilotPanels + i]);
     // The panels stand for equal parts of the rows. What they were off by was rounding alone.
     const double error = planned_error(args.options.error) * std::sqrt(pilot.norm) - std::sqrt(pilot.error);
-    const bool pays = 1 - tile_work(args, pilot) >= kLeastSaving;
-    if (!(error > 0) || pilot.tiles == 0 || !pays) continue;
+    if (!(error > 0) || pilot.tiles == 0 || !pays(pilot)) continue;
     state.form = ADAATTN_TILED;
     state.allowed = error * error / static_cast<double>(pilot.tiles);
   }

@@ -105,7 +105,7 @@ class Inputs {
     std::vector<std::uint8_t> classes;
   };
 
-  Result run(double error, const char* kernel = nullptr, const adaattn_head_plan* plans = nullptr) {
+  Result run(double error, const char* kernel = "cpu_bounded", const adaattn_head_plan* plans = nullptr) {
     const auto rows = static_cast<std::size_t>(v_.query_heads * v_.queries);
     const auto panel = static_cast<std::int64_t>(adaattn_panel_rows());
     const auto heads = static_cast<std::size_t>(v_.query_heads);
@@ -309,11 +309,11 @@ TEST(BoundedForm, FollowsAPlan) {
   adaattn_head_plan plans[2] = {};
   plans[0].form = ADAATTN_DENSE;
   plans[1].form = ADAATTN_AUTOMATIC;
-  const Inputs::Result got = inputs.run(0.1, nullptr, plans);
+  const Inputs::Result got = inputs.run(0.1, "cpu_bounded", plans);
   EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
   EXPECT_EQ(got.reports[1].plan.form, ADAATTN_TILED);
   plans[1].form = ADAATTN_LOW_RANK;
-  EXPECT_THROW(inputs.run(0.1, nullptr, plans), Error);
+  EXPECT_THROW(inputs.run(0.1, "cpu_bounded", plans), Error);
 }
 
 TEST(BoundedForm, HeadsWithNanOrInfinityRunAsExactly) {
@@ -331,9 +331,14 @@ TEST(BoundedForm, HeadsWithNanOrInfinityRunAsExactly) {
   }
 }
 
-TEST(BoundedForm, IsNotChosenForABudgetOfZeroOrAMask) {
+TEST(BoundedForm, TilesOnlyWhereThatCanPay) {
   Inputs inputs({.name = "local"});
   EXPECT_THROW(inputs.run(0, "cpu_bounded"), Error);
+  // Short sequences leave nothing to gain: dense, with a bound.
+  const Inputs::Result got = inputs.run(0.1, nullptr);
+  EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
+  EXPECT_LE(got.reports[0].error_bound, 0.1);
+  EXPECT_EQ(got.reports[0].work, 1);
 }
 
 TEST(ErrorBound, OfNoErrorIsNone) {

@@ -80,7 +80,7 @@ def tiled_plan(low_precision):
 )
 def test_consistent_gradients_are_those_of_what_was_computed(guarantee, plan):
     q, k, v = inputs()
-    kernel = "cpu_adaptive" if guarantee == "measured" else None
+    kernel = "cpu_adaptive" if guarantee == "measured" else "cpu_bounded"
     options = (0.3, None, True, False, -1, -1, 0, guarantee == "bounded", kernel)
     plans = None if plan is None else torch.tensor(plan.words(1, 2), dtype=torch.int32)
     with torch.no_grad():
@@ -109,9 +109,11 @@ def test_consistent_gradients_stay_within_a_bounded_budget():
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(6))
     exact_out, exact = gradients(q, k, v, dout)
     for error in (0.1, 0.01):
-        out, found = gradients(q, k, v, dout, error=error, guarantee="bounded", backward="consistent")
+        out, found = gradients(
+            q, k, v, dout, error=error, guarantee="bounded", kernel="cpu_bounded", backward="consistent"
+        )
         with torch.no_grad():
-            alone = adaattn.attention(q, k, v, is_causal=True, error=error, guarantee="bounded")
+            alone = adaattn.attention(q, k, v, is_causal=True, error=error, guarantee="bounded", kernel="cpu_bounded")
         assert torch.equal(out, alone), "the output is that of a call without gradients"
         assert 0 < max(errors([out], [exact_out])) <= error
         # Nothing promises it, but what the bound leaves of the budget (5 to 100 times the truth) covers the gradients;
@@ -131,7 +133,15 @@ def test_exact_is_the_default():
 def test_metrics_say_that_the_budget_was_used():
     q, k, v = inputs()
     _, metrics = adaattn.attention(
-        q, k, v, is_causal=True, error=0.1, guarantee="bounded", backward="consistent", return_metrics=True
+        q,
+        k,
+        v,
+        is_causal=True,
+        error=0.1,
+        guarantee="bounded",
+        kernel="cpu_bounded",
+        backward="consistent",
+        return_metrics=True,
     )
     assert metrics.fallback is None
     assert metrics.form == "tiled"
@@ -150,7 +160,13 @@ def test_heads_that_ran_densely_have_exact_gradients_masks_included():
 
 def test_torch_func_and_second_derivatives():
     q, k, v = inputs()
-    options = {"is_causal": True, "error": 0.1, "guarantee": "bounded", "backward": "consistent"}
+    options = {
+        "is_causal": True,
+        "error": 0.1,
+        "guarantee": "bounded",
+        "kernel": "cpu_bounded",
+        "backward": "consistent",
+    }
 
     def loss(q, k, v):
         return adaattn.attention(q, k, v, **options).square().sum()
@@ -165,7 +181,7 @@ def test_torch_func_and_second_derivatives():
 
 def test_torch_compile_sees_the_operator():
     q, k, v = inputs()
-    options = (0.1, None, True, False, -1, -1, 0, True, None)
+    options = (0.1, None, True, False, -1, -1, 0, True, "cpu_bounded")
     arguments = (q, k, v, None, None, *options, None, False)
     torch.library.opcheck(torch_op.forward_recorded_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
