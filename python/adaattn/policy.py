@@ -111,7 +111,11 @@ class Policy:
         if isinstance(layer, (str, int)):
             return str(layer)
         with self._lock:
-            name = self._numbers.get(layer)
+            try:
+                name = self._numbers.get(layer)
+            except TypeError:
+                kind = type(layer).__name__
+                raise TypeError(f"layer is of type {kind}, must be a torch module, a str or an int") from None
             if name is None:
                 taken = set(self._numbers.values())
                 name = next(str(number) for number in range(len(taken) + 1) if str(number) not in taken)
@@ -134,9 +138,8 @@ class Policy:
                     f"the policy has {len(kept.heads)} heads for layer {layer!r}, but q has {heads}: it was made with "
                     "another model; use a new adaattn.Policy()"
                 )
-            if kept is None or (kept.error, kept.guarantee) != (error, guarantee):
-                kept = self._layers[key] = LayerState(error, guarantee, (HeadState(),) * heads)
-        return _plan_of(tuple(map(rule.next_rule, kept.heads)))
+        states = _states(kept, heads, error, guarantee)
+        return _plan_of(tuple(map(rule.next_rule, states)))
 
     def record(
         self, layer: str, reports: HeadReports, tokens: int, *, error: float, guarantee: Guarantee = "measured"
@@ -153,11 +156,9 @@ class Policy:
             seen.append(_seen(reports, head, rules, float(held[:, head].max()), error))
         with self._lock:
             key = key_of(layer, tokens)
-            kept = self._layers.get(key)
-            # Another thread may have called the layer with another budget meanwhile.
-            if kept is not None and (kept.error, kept.guarantee, len(kept.heads)) == (error, guarantee, len(seen)):
-                states = tuple(rule.updated(state, each) for state, each in zip(kept.heads, seen, strict=True))
-                self._layers[key] = LayerState(error, guarantee, states)
+            states = _states(self._layers.get(key), heads, error, guarantee)
+            states = tuple(rule.updated(state, each) for state, each in zip(states, seen, strict=True))
+            self._layers[key] = LayerState(error, guarantee, states)
             self._calls += 1
             self._heads += reports.work.size
             self._escalated += int((reports.escalations > 0).sum())
@@ -171,9 +172,9 @@ class Policy:
             return tuple(dict.fromkeys(key.layer for key in self._layers))
 
     def plan(self, layer: str, tokens: int) -> Plan:
-        """The plan (1, heads) that is kept for a layer's calls of so many tokens, automatic until one was planned.
+        """The plan (1, heads) that is kept for a layer's calls of so many tokens.
 
-        Raises KeyError if there was no such call.
+        Raises KeyError if no such call has used a budget.
         """
         with self._lock:
             return _plan_of(tuple(state.rule for state in self._layers[key_of(layer, tokens)].heads))
@@ -274,6 +275,13 @@ def _is_traced(q: Any) -> bool:
         return False
     transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
     return type(q) not in (torch.Tensor, torch.nn.Parameter) or q.is_meta or bool(transforms())
+
+
+def _states(kept: LayerState | None, heads: int, error: float, guarantee: Guarantee) -> tuple[HeadState, ...]:
+    """The kept ones, or new ones for a layer that has none for this budget."""
+    if kept is None or (kept.error, kept.guarantee, len(kept.heads)) != (error, guarantee, heads):
+        return (HeadState(),) * heads
+    return kept.heads
 
 
 def _plan_of(rules: tuple[HeadRule, ...]) -> Plan:

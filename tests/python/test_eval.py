@@ -17,6 +17,7 @@ import adaattn  # noqa: E402
 from adaattn import evaluation, models  # noqa: E402
 from adaattn.cli import eval as command  # noqa: E402
 from adaattn.cli import main  # noqa: E402
+from test_policy import reports  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
@@ -182,7 +183,7 @@ def test_a_policy_is_kept_in_its_file(tiny: Any, capsys: pytest.CaptureFixture[s
 def test_policy_files_that_do_not_fit(tiny: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "policy.json"
     other = adaattn.Policy()
-    other.next_plan("0", 9, 4096, error=0.1)
+    other.record("0", reports(heads=9), 4096, error=0.1)
     other.save(file)
     arguments = ["eval", "--tokens", "50", "--error", "0.1", "--device", "cpu", "--policy"]
     assert main([*arguments, str(file)]) == 2

@@ -211,7 +211,9 @@ class TestPolicy:
         assert policy.next_plan("a", 2, TOKENS, error=BUDGET).form.tolist() == [["tiled", "tiled"]]
         assert policy.next_plan("a", 2, TOKENS, error=BUDGET).screen.tolist() == [[-3.0, -3.0]]
         assert policy.next_plan("b", 5, TOKENS, error=BUDGET) == Plan.automatic(1, 5)
-        assert policy.layers == ("a", "b")
+        assert policy.layers == ("a",)  # nothing is kept of a layer before its first report
+        with pytest.raises(KeyError):
+            policy.plan("b", TOKENS)
 
     def test_the_worst_batch_entry_counts(self):
         policy = adaattn.Policy()
@@ -250,11 +252,11 @@ class TestPolicy:
             assert policy.next_plan("a", 2, tokens, error=BUDGET).form.tolist() == [[form] * 2]
         assert policy.layers == ("a",)
 
-    def test_a_late_report_for_another_budget_is_not_learned(self):
+    def test_a_report_for_another_budget_starts_anew(self):
         policy = adaattn.Policy()
-        policy.next_plan("a", 2, TOKENS, error=2 * BUDGET)
-        policy.record("a", reports(), TOKENS, error=BUDGET)
-        assert policy.plan("a", TOKENS) == Plan.automatic(1, 2)
+        called(policy, screen=-9.0)
+        policy.record("a", reports(screen=-2.0), TOKENS, error=2 * BUDGET)
+        assert policy.next_plan("a", 2, TOKENS, error=2 * BUDGET).screen.tolist() == [[-2.0, -2.0]]
 
     def test_bounds_are_what_bounded_calls_are_judged_by(self):
         policies = [adaattn.Policy(), adaattn.Policy()]
@@ -479,7 +481,7 @@ class TestCalls:
     def test_short_calls_are_not_learned_from(self, rng):
         policy, x = adaattn.Policy(), rng.standard_normal((1, 2, 16, 8), dtype=np.float32)
         policy.attention("a", x, x, x, error=BUDGET)  # an exact kernel takes it
-        assert policy.plan("a", 16) == Plan.automatic(1, 2)
+        assert policy.layers == ()
         assert policy.statistics().calls == 0
 
     def test_bad_arguments(self, rng):
@@ -492,6 +494,8 @@ class TestCalls:
             policy.attention("a", None, x, x, error=BUDGET)
         with pytest.raises(ValueError, match="error is -1"):
             policy.attention("a", x, x, x, error=-1)
+        with pytest.raises(TypeError, match="layer is of type NoneType, must be a torch module, a str or an int"):
+            policy.attention(None, x, x, x, error=BUDGET)
 
 
 class TestModules:
