@@ -110,6 +110,24 @@ TEST(Merge, PartsWithoutKeysDoNotCountEvenIfTheyHoldNaN) {
   EXPECT_FLOAT_EQ(s.lse[0], 3);
 }
 
+TEST(Merge, RowsWithoutElementsStillNeedTheirLSEs) {
+  float out = 0, lse = 9;
+  const Tensor part = view(&out, {1, 1, 1, 0});
+  const float* lses[] = {nullptr};
+  MergeArgs args = {.parts = &part,
+                    .part_lses = lses,
+                    .count = 1,
+                    .out = view(&out, {1, 1, 1, 0}),
+                    .lse = &lse,
+                    .num_threads = 0,
+                    .stream = nullptr};
+  EXPECT_THROW(adaattn::merge(args), Error);
+  const float two = 2;
+  lses[0] = &two;
+  adaattn::merge(args);
+  EXPECT_EQ(lse, 2);
+}
+
 TEST(Merge, NoKeysAnywhereGivesZeros) {
   Small s;
   s.lse_a = s.lse_b = {-kInfinity};
