@@ -23,8 +23,7 @@ __device__ __forceinline__ void stage_dq(BackwardShared<Config>& shared, const f
   for (int i = 0; i < Config::kSharedQueries / 8; ++i)
     to[128 * i] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
   ptx::fence_async_proxy();
-  __syncwarp();
-  if (thread % 32 == 0) ptx::arrive(shared.dq_full[consumer]);
+  ptx::arrive(shared.dq_full[consumer]);
 }
 
 // One thread adds what one consumer stages. Consumers never wait for a block's turn in a deterministic order, only for
