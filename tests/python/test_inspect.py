@@ -39,9 +39,9 @@ def heads_file(tmp_path: Path, rng: Any) -> Path:
 
 def test_what_is_reported_is_what_attention_did(rng: Any) -> None:
     q, k, v = local_heads(rng)
-    request = Request(error=0.1, kernel="cpu_adaptive", truth="fp64")
+    request = Request(error=0.01, kernel="cpu_adaptive", truth="fp64")
     out, layer = inspect_heads(q, k, v, request, is_causal=True)
-    want, metrics = adaattn.attention(q, k, v, error=0.1, is_causal=True, kernel="cpu_adaptive", return_metrics=True)
+    want, metrics = adaattn.attention(q, k, v, error=0.01, is_causal=True, kernel="cpu_adaptive", return_metrics=True)
     np.testing.assert_array_equal(out, want)
     assert layer.kernel == metrics.kernel
     np.testing.assert_array_equal(layer.forms, metrics.heads.forms[0])
