@@ -21,15 +21,14 @@ namespace adaattn::cpu {
 namespace {
 
 // What plans of these budgets and sizes can use. 16 and 8 bit are no use below what rounding to them takes: about 2^-9
-// of a bfloat16's value, 1e-2 in int8; and int8 suits what bfloat16 would.
+// of a bfloat16's value, 1e-2 in int8.
 Parts wanted_parts(const adaattn_forward_args& args) {
   const double error = args.options.error;
   const Copies paying = paying_copies();
   const bool tiles = std::min(args.q.shape[2], args.k.shape[2]) >= kLeastTiled;
-  Parts parts = {
-      .screen = tiles,
-      .int8_screen = paying.int8,
-      .copies = {.int8 = paying.int8 && error >= 4e-3, .bfloat16 = paying.bfloat16 && error >= 0x1p-9 && error < 5e-2}};
+  Parts parts = {.screen = tiles,
+                 .int8_screen = paying.int8,
+                 .copies = {.int8 = paying.int8 && error >= 4e-3, .bfloat16 = paying.bfloat16 && error >= 0x1p-9}};
   const std::int64_t heads = args.q.shape[0] * args.q.shape[1];
   const auto automatic = [](const adaattn_head_plan& plan) { return plan.form == ADAATTN_AUTOMATIC; };
   if (args.plans != nullptr && std::none_of(args.plans, args.plans + heads, automatic)) parts = {};
@@ -162,12 +161,12 @@ void verify(const Engine& engine) {
     const double error = engine.args->options.error;
     state.work += state.plan.form == ADAATTN_LOW_RANK
                       ? low_rank_share(head_of(*engine.args, engine.head(h)), state.plan.rank)
-                      : cost_share(state.counts, state.plan, engine.work);
+                      : cost_share(state.counts, state.plan, engine.work_of(h));
     state.estimate = probe_error(engine, h);
     state.done = accepts(state.estimate, error) && state.failed == 0;
     if (state.done) return;
     ++state.escalations;
-    state.plan = more_careful(state.plan, state.estimate.value, error, state.escalations);
+    state.plan = more_careful(state.plan, state.estimate.value, error, state.escalations, state.dense_precision);
     state.counts = {};
   });
 }

@@ -24,7 +24,7 @@ constexpr auto kLanes = static_cast<std::int64_t>(kMaxPanelLanes);
 constexpr std::int64_t kPilotPanels = 4;  // panels of consecutive queries that a rule is tried on
 constexpr std::int64_t kPilotRows = kPilotPanels * kLanes;
 constexpr std::int64_t kTrialRows = kLanes;  // evenly spaced rows that precisions are tried on
-constexpr std::int64_t kLeastTiled = 2048;   // tokens from which on tiles are told apart
+constexpr std::int64_t kLeastTiled = 4096;   // tokens from which on tiles are told apart
 
 struct HeadState {
   adaattn_head_plan plan;
@@ -33,7 +33,8 @@ struct HeadState {
   TileCounts counts;
   double work;  // share of dense attention's multiply-adds so far
   int escalations;
-  std::int64_t failed;  // rows that a coreset gave no sound result for
+  std::int32_t dense_precision;  // the fastest that was accepted on trial rows, short of the plan's own
+  std::int64_t failed;           // rows that a coreset gave no sound result for
 };
 
 struct ThreadScratch {
@@ -64,6 +65,12 @@ struct Engine {
 
   std::int64_t head(std::int64_t index) const { return first * group + index; }  // of the call, by index in the wave
   const KeyHead& keys_of(std::int64_t index) const { return keys[index / group]; }
+  TileCosts work_of(std::int64_t index) const { return of_rank(work, index); }
+  TileCosts time_of(std::int64_t index) const { return of_rank(time, index); }
+  TileCosts of_rank(TileCosts costs, std::int64_t index) const {  // costs are those of a screen of kScreenRank
+    if (parts.screen) costs.screen *= static_cast<double>(*keys_of(index).rank) / kScreenRank;
+    return costs;
+  }
   bool long_enough() const { return std::min(args->q.shape[2], args->k.shape[2]) >= kLeastTiled; }
   float* probes_of(std::int64_t index) const { return probes + index * kProbeRows * args->v.shape[3]; }
 };

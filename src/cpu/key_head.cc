@@ -116,6 +116,8 @@ void find_basis(const adaattn_forward_args& args, std::int64_t b, std::int64_t k
     product<ALayout::kTransposed, true>(width, scratch.rows, width, scratch.rows, width, count, scratch.gram_k, width,
                                         width);
   });
+  std::copy_n(scratch.gram_k, dim * width, to.spread);
+  *to.sampled = static_cast<float>((nk + step_k - 1) / step_k);
   std::fill_n(scratch.gram_q, width * width, 0.0F);
   for (std::int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
     for_each_chunk(args.q, b, h, args.q.shape[2], step_q, width, scratch.rows, [&](std::int64_t, std::size_t count) {
@@ -136,10 +138,15 @@ void find_basis(const adaattn_forward_args& args, std::int64_t b, std::int64_t k
   // ||Q Z||^2 with orthonormal Kc Y is the energy of the product.
   product<ALayout::kRowMajor, false>(kScreenRank, scratch.t, width, scratch.gram_q, width, dim, scratch.columns, width,
                                      width);
-  double held = 0;
-  for (std::size_t j = 0; j < kScreenRank; ++j) held += dot(scratch.columns + j * width, scratch.t + j * width, width);
+  double held = 0, first_held = 0;  // the iteration brings the strongest directions to the front
+  for (std::size_t j = 0; j < kScreenRank; ++j) {
+    held += dot(scratch.columns + j * width, scratch.t + j * width, width);
+    if (j + 1 == kSmallRank) first_held = held;
+  }
   const double all = trace_of_product(scratch.gram_q, scratch.gram_k, dim, width);
   *to.energy = all > 0 ? static_cast<float>(held / all) : 1.0F;
+  const bool small = dim < 2 * kScreenRank || first_held >= kEnoughEnergy * all;
+  *to.rank = static_cast<std::int64_t>(small ? kSmallRank : kScreenRank);
   for (std::size_t c = 0; c < dim; ++c)
     for (std::size_t j = 0; j < kScreenRank; ++j) to.z[c * kScreenRank + j] = scratch.t[j * width + c];
   std::fill_n(scratch.columns, width * kRankColumns, 0.0F);
@@ -148,16 +155,15 @@ void find_basis(const adaattn_forward_args& args, std::int64_t b, std::int64_t k
 }
 
 // The keys' coordinates in the screen as bytes, one scale for the tile.
-void screen_to_bytes(const float* projected, std::size_t count, std::uint8_t* to, float* scale) {
+void screen_to_bytes(const float* projected, std::size_t count, std::size_t rank, std::uint8_t* to, float* scale) {
   float largest = 0;
   for (std::size_t row = 0; row < count; ++row)
-    for (std::size_t j = 0; j < kScreenRank; ++j)
-      largest = std::max(largest, std::abs(projected[row * kRankColumns + j]));
+    for (std::size_t j = 0; j < rank; ++j) largest = std::max(largest, std::abs(projected[row * kRankColumns + j]));
   const float inverse = largest > 0 ? 127 / largest : 0;
   *scale = largest / 127;
   for (std::size_t row = 0; row < count; ++row)
-    for (std::size_t j = 0; j < kScreenRank; ++j)
-      to[row * kScreenRank + j] = static_cast<std::uint8_t>(projected[row * kRankColumns + j] * inverse + 128.5F);
+    for (std::size_t j = 0; j < rank; ++j)
+      to[row * rank + j] = static_cast<std::uint8_t>(projected[row * kRankColumns + j] * inverse + 128.5F);
 }
 
 // to[c] = mean of column c over the rows, plus add[c] (which may be null).
@@ -175,15 +181,16 @@ void build_tile(const adaattn_forward_args& args, const float* k, std::size_t ld
                 std::size_t first, std::size_t count, const KeyHeadScratch& scratch, const KeyHead& to) {
   const auto dim = static_cast<std::size_t>(args.q.shape[3]), dim_v = static_cast<std::size_t>(args.v.shape[3]);
   const std::size_t tile = first / static_cast<std::size_t>(kClassTile), width_v = padded_width(args.v.shape[3]);
+  const std::size_t rank = to.screened ? static_cast<std::size_t>(*to.rank) : 0;
   if (to.screened)
     product<ALayout::kRowMajor, false>(count, k, ld_k, scratch.columns, kRankColumns, dim, scratch.projected,
                                        kRankColumns, kRankColumns);
   if (!to.screened) {
   } else if (to.k8 != nullptr) {
-    screen_to_bytes(scratch.projected, count, to.k8 + first * kScreenRank, to.k8_scale + tile);
+    screen_to_bytes(scratch.projected, count, rank, to.k8 + first * rank, to.k8_scale + tile);
   } else {
     for (std::size_t row = 0; row < count; ++row)
-      std::copy_n(scratch.projected + row * kRankColumns, kScreenRank, to.k + (first + row) * kScreenRank);
+      std::copy_n(scratch.projected + row * kRankColumns, rank, to.k + (first + row) * rank);
   }
   float* mean = to.value_means + tile * width_v;
   std::fill_n(mean, width_v, 0.0F);

@@ -16,7 +16,9 @@ namespace adaattn::cpu {
 // eigenvectors of (Q^T Q)(Kc^T Kc); a randomized subspace iteration finds it (Halko, Martinsson and Tropp, arXiv
 // 0909.4061, algorithm 4.4), without any decomposition larger than r x r.
 // (Keys of a tile, r and the sample: docs/decisions/0005-cpu-tiles.md.)
-constexpr std::size_t kScreenRank = 16;                             // r
+constexpr std::size_t kScreenRank = 32;                             // r, at most
+constexpr std::size_t kSmallRank = 16;                              // r of heads whose spectrum falls fast:
+constexpr float kEnoughEnergy = 0.95F;                              // those of which it holds this share
 constexpr std::size_t kRankColumns = 32;                            // the same in whole panels
 constexpr std::int64_t kLeastGramRows = 256, kMostGramRows = 1024;  // evenly spaced, an eighth: the basis' sample
 constexpr std::size_t kPool = 16;                                   // keys of a pooled one
@@ -30,9 +32,13 @@ struct Parts {
 
 // Arrays in the caller's workspace.
 struct KeyHead {
-  bool screened;         // whether there is a screen; else the next four and the pooled arrays are NULL
+  bool screened;         // whether there is a screen; else its arrays and the pooled ones are NULL
   float* z;              // [D][kScreenRank], for q
-  float* k;              // [Nk in whole tiles][kScreenRank], Kc Y; NULL if there is k8
+  float* spread;         // [D][D rounded up to panels] Kc^T Kc, and
+  float* sampled;        // [1] of how many keys: q's scores have the variance (q^T Kc^T Kc q) / sampled, and what the
+                         // screen does not see of it is (q^T Kc^T Kc q - ||Z^T q||^2) / sampled
+  std::int64_t* rank;    // [1] kScreenRank or kSmallRank: dimensions of the screen that are used
+  float* k;              // [Nk in whole tiles][rank], Kc Y; NULL if there is k8
   std::uint8_t* k8;      // the same as bytes, 128 more than the value, or NULL
   float* k8_scale;       // [tiles]
   float* mean;           // [D rounded up to panels], of (sampled) keys
@@ -68,6 +74,9 @@ inline KeyHead lay_out_key_head(const adaattn_forward_args& args, Parts parts, S
   head.copy = lay_out_quantized(args, parts.copies, scratch);
   if (!parts.screen) return head;
   head.z = scratch.take<float>(d * kScreenRank);
+  head.spread = scratch.take<float>(d * padded_width(args.q.shape[3]));
+  head.sampled = scratch.take<float>(1);
+  head.rank = scratch.take<std::int64_t>(1);
   if (parts.int8_screen)
     head.k8 = scratch.take<std::uint8_t>(keys * kScreenRank);
   else

@@ -50,6 +50,7 @@ class Pilot {
               .counts = {},
               .work = 0,
               .escalations = 0,
+              .dense_precision = ADAATTN_PRECISION_FLOAT32,
               .failed = 0};
     if (!*engine_.keys_of(index_).finite) return;
     const adaattn_head_plan* given = engine_.args->plans;
@@ -88,9 +89,12 @@ class Pilot {
     if (copies.int8 || copies.bfloat16 || may_be_low_rank) run_exactly(rows, scratch_.exact);
     if (copies.int8 || copies.bfloat16) {
       if (copies.int8) int8 = try_dense(ADAATTN_PRECISION_INT8, rows);
-      if (copies.bfloat16) bfloat16 = try_dense(ADAATTN_PRECISION_BFLOAT16, rows);
-      if (bfloat16 <= kAlone * error_)
+      if (copies.bfloat16)  // no need to ask where ten times its rounding is nothing
+        bfloat16 = error_ >= kLooseBudget ? 0x1p-9 : try_dense(ADAATTN_PRECISION_BFLOAT16, rows);
+      if (bfloat16 <= kAlone * error_) {
+        state_.dense_precision = ADAATTN_PRECISION_BFLOAT16;
         consider(dense_plan(ADAATTN_PRECISION_BFLOAT16), dense_cost(ADAATTN_PRECISION_BFLOAT16));
+      }
       if (int8 <= kAlone * error_) consider(dense_plan(ADAATTN_PRECISION_INT8), dense_cost(ADAATTN_PRECISION_INT8));
     }
     if (may_be_low_rank) {
@@ -103,7 +107,7 @@ class Pilot {
     // Without a screen nothing tells tiles apart before they are scored: then all are low, or nothing is to be had.
     if (!screened && (precisions.low_share < 0 || engine_.args->k.shape[2] < kLeastUnscreened)) return;
     const auto [plan, cost] = search(precisions, screened);
-    if (cost < best - kLeastGain / 2) consider(plan, cost);
+    if (cost < (1 - kLeastTiledGain) * best) consider(plan, cost);
   }
 
   static double dense_cost_of(const TileCosts& costs, std::int32_t precision) {
@@ -127,7 +131,7 @@ class Pilot {
       const RowsProblem rows(head_, set.first, set.step, set.count, scratch_.tried);
       run_screen_task(rows.plan, 0, engine_.keys_of(index_), plan, scratch_.forward, scratch_.tiled, counts);
     }
-    state_.work += share(kPilotRows) * engine_.work.screen / 2;
+    state_.work += share(kPilotRows) * engine_.work_of(index_).screen / 2;
     return static_cast<double>(counts.dropped) >= kLeastDropped * static_cast<double>(counts.visible);
   }
 
@@ -182,29 +186,37 @@ class Pilot {
         levels.high = levels.next();
         continue;
       }
-      const bool accepted = error <= kPilotShare * error_;
+      const bool accepted = accepts_pilot(error);
       if (accepted) best = {plan, cost};
       levels.record(accepted);
     }
+    // A few panels see little of errors that lie in few rows, as those of tight budgets do: then a level is added.
+    if (best.plan.form == ADAATTN_TILED && error_ < kTightBudget)
+      best.plan = tiled_plan(error_, levels.high + 1, precisions);
     // Pooling what a looser screen leaves out may hold the budget for less.
-    if (screened && levels.high > 0 && levels.high < kRuleLevels) {
+    if (screened && levels.high > 0 && levels.high < kRuleLevels && error_ >= kTightBudget) {
       adaattn_head_plan plan = tiled_plan(error_, levels.high - 1, precisions);
       plan.pooled = 1;
       const auto [error, cost] = try_tiles(plan);
-      if (error <= kPilotShare * error_ && cost < best.cost) best = {plan, cost};
+      if (accepts_pilot(error) && cost < best.cost) best = {plan, cost};
     }
     return best;
   }
 
   struct Tried {
-    double error, cost;
+    ErrorEstimate error;
+    double cost;
   };
   Tried try_tiles(const adaattn_head_plan& plan) {
     const std::int64_t size = kLanes * head_.v.shape[3];
     TileCounts counts;
     for (std::int64_t panel = 0; panel < kPilotPanels; ++panel)
       counts = add(counts, run_by(plan, pilot_rows(engine_, panel), scratch_.tried + panel * size));
-    return {compare(kPilotRows), cost_share(counts, plan, engine_.time)};
+    return {estimate(kPilotRows), cost_share(counts, plan, engine_.time_of(index_))};
+  }
+
+  bool accepts_pilot(const ErrorEstimate& found) const {
+    return found.value <= kPilotShare * error_ && accepts(found, kPilotLimit * error_);
   }
 
   double share(std::int64_t rows) const {
@@ -222,29 +234,37 @@ class Pilot {
     TileCounts counts;
     for (std::int64_t task = 0; task < rows.plan.tasks; ++task)
       run_tiled_task(rows.plan, task, engine_.keys_of(index_), plan, scratch_.forward, scratch_.tiled, counts);
-    state_.work += share(set.count) * cost_share(counts, plan, engine_.work);
+    state_.work += share(set.count) * cost_share(counts, plan, engine_.work_of(index_));
     return counts;
   }
 
-  // Relative error of what was tried on rows that were run exactly.
-  double compare(std::int64_t rows) const {
-    double error = 0, norm = 0;
-    for (std::int64_t i = 0; i < rows * head_.v.shape[3]; ++i) {
-      const double difference = static_cast<double>(scratch_.tried[i]) - scratch_.exact[i];
-      error += difference * difference;
-      norm += static_cast<double>(scratch_.exact[i]) * scratch_.exact[i];
+  // The error of what was tried on rows that were run exactly.
+  ErrorEstimate estimate(std::int64_t rows) const {
+    ProbeSums sums;
+    const std::int64_t dv = head_.v.shape[3];
+    for (std::int64_t row = 0; row < rows; ++row) {
+      double error = 0, norm = 0;
+      for (std::int64_t i = row * dv; i < (row + 1) * dv; ++i) {
+        const double difference = static_cast<double>(scratch_.tried[i]) - scratch_.exact[i];
+        error += difference * difference;
+        norm += static_cast<double>(scratch_.exact[i]) * scratch_.exact[i];
+      }
+      sums.add(error, norm);
     }
-    return error == 0 ? 0 : std::sqrt(error / norm);
+    return estimate_error(sums, static_cast<double>(rows), 0);
   }
+  double compare(std::int64_t rows) const { return estimate(rows).value; }
 
   static constexpr std::int64_t kLeastUnscreened = 8192;  // keys
+  static constexpr double kTightBudget = 6e-3, kLooseBudget = 5e-2;
   static constexpr double kBuildTime = 3;  // of a multiply-add of a coreset's building, over one of attention's
   static constexpr int kUnscreenedLevels = 3;
   // Of the scores, held by the screen. Below it single rows lose their best tile, which probe rows seldom see: heads
   // made so (bench/budget/cases.py) were up to 17 times over. Heads of language models hold 0.68 and more.
   static constexpr float kLeastEnergy = 0.5F;
   static constexpr double kLeastDropped = 0.05;
-  static constexpr double kPilotShare = 0.75;  // of the budget that pilot panels may use: they are few
+  static constexpr double kPilotShare = 0.65;  // of the budget that pilot panels may use: they are few
+  static constexpr double kPilotLimit = 0.85;  // and that their limit may reach
 
   const Engine& engine_;
   std::int64_t index_;

@@ -66,6 +66,7 @@ struct ScreenedQueries {
   const std::int32_t* q8;  // [kScreenRank / 4][kPanelLanes]
   Pair scale;
   IntPair bias;
+  Pair unseen;  // standard deviation of what the screen does not see of the queries' scores
 };
 
 template <bool kNative>
@@ -75,8 +76,9 @@ HWY_NOINLINE Pair int8_top(const KeyHead& keys, std::size_t tile, std::size_t fi
   const IntVector lowest = hn::Set(IntTag(), -(1 << 30));
   IntPair top = {lowest, lowest};
   KeepIntTop keep{&top};
-  const Groups k = {reinterpret_cast<const std::int32_t*>(keys.k8) + first * (kScreenRank / 4), kScreenRank / 4, 1};
-  panel_dots<UnsignedRows<kNative>>(count, k, queries.q8, kScreenRank / 4, keep);
+  const std::size_t groups = static_cast<std::size_t>(*keys.rank) / 4;
+  const Groups k = {reinterpret_cast<const std::int32_t*>(keys.k8) + first * groups, groups, 1};
+  panel_dots<UnsignedRows<kNative>>(count, k, queries.q8, groups, keep);
   const FloatVector scale = hn::Set(d, keys.k8_scale[tile]);
   const auto score = [&](IntVector t, IntVector bias, FloatVector q)
                          HWY_ATTR { return hn::Mul(hn::ConvertTo(d, hn::Add(t, bias)), hn::Mul(q, scale)); };
@@ -91,20 +93,43 @@ HWY_INLINE Pair screened_top(const KeyHead& keys, std::size_t tile, std::size_t 
   const FloatVector lowest = hn::Set(FloatTag(), kNegativeInfinity);
   Pair top = {lowest, lowest};
   KeepTop keep{&top};
-  panel_gemm<ALayout::kRowMajor>(count, keys.k + first * kScreenRank, kScreenRank, queries.q, kPanelLanes, kScreenRank,
-                                 keep);
+  const auto rank = static_cast<std::size_t>(*keys.rank);
+  panel_gemm<ALayout::kRowMajor>(count, keys.k + first * rank, rank, queries.q, kPanelLanes, rank, keep);
   return top;
+}
+
+HWY_INLINE Pair unseen_scores(const TiledScratch& scratch, const KeyHead& keys, const Panel& panel, std::size_t dim) {
+  const FloatTag d;
+  const std::size_t width = padded_width(static_cast<std::int64_t>(dim));
+  StoreRows<false> store{scratch.spread_q, kPanelLanes};
+  panel_gemm<ALayout::kRowMajor>(dim, keys.spread, width, panel.q, kPanelLanes, dim, store);
+  Pair sum = {hn::Zero(d), hn::Zero(d)};
+  const auto add_products = [&](const float* a, const float* b, std::size_t rows, FloatVector sign) HWY_ATTR {
+    for (std::size_t row = 0; row < rows; ++row) {
+      const Pair x = load_pair(a + row * kPanelLanes), y = load_pair(b + row * kPanelLanes);
+      sum = {hn::MulAdd(hn::Mul(sign, x.low), y.low, sum.low), hn::MulAdd(hn::Mul(sign, x.high), y.high, sum.high)};
+    }
+  };
+  add_products(panel.q, scratch.spread_q, dim, hn::Set(d, 1.0F));
+  add_products(scratch.screened_q, scratch.screened_q, static_cast<std::size_t>(*keys.rank), hn::Set(d, -1.0F));
+  const FloatVector zero = hn::Zero(d), one = hn::Set(d, 1 / std::max(1.0F, *keys.sampled));
+  return {hn::Sqrt(hn::Mul(one, hn::Max(sum.low, zero))), hn::Sqrt(hn::Mul(one, hn::Max(sum.high, zero)))};
 }
 
 HWY_INLINE ScreenedQueries screen_queries(const TiledScratch& scratch, const KeyHead& keys, const Panel& panel,
                                           std::size_t dim) {
   StoreRows<false> store{scratch.screened_q, kPanelLanes};
-  panel_gemm<ALayout::kTransposed>(kScreenRank, keys.z, kScreenRank, panel.q, kPanelLanes, dim, store);
-  ScreenedQueries queries = {.q = scratch.screened_q, .q8 = scratch.screened_q8, .scale = {}, .bias = {}};
+  panel_gemm<ALayout::kTransposed>(static_cast<std::size_t>(*keys.rank), keys.z, kScreenRank, panel.q, kPanelLanes, dim,
+                                   store);
+  ScreenedQueries queries = {.q = scratch.screened_q,
+                             .q8 = scratch.screened_q8,
+                             .scale = {},
+                             .bias = {},
+                             .unseen = unseen_scores(scratch, keys, panel, dim)};
   if (keys.k8 == nullptr) return queries;
   float scale[kPanelLanes];
   std::int32_t bias[kPanelLanes];
-  quantize_queries(scratch.screened_q, kScreenRank, scratch.screened_q8, scale, bias);
+  quantize_queries(scratch.screened_q, static_cast<std::size_t>(*keys.rank), scratch.screened_q8, scale, bias);
   queries.scale = load_pair(scale);
   queries.bias = load_int_pair(bias);
   return queries;
@@ -114,6 +139,10 @@ HWY_INLINE bool all_below(Pair top, Pair limit) {  // false if there is a NaN
   const FloatTag d;
   return hn::AllTrue(d, hn::Lt(top.low, limit.low)) && hn::AllTrue(d, hn::Lt(top.high, limit.high));
 }
+
+// A tile is left out only if it lies below the threshold by this many standard deviations of what the screen does not
+// see of a query's scores: queries in directions that it sees badly keep more.
+constexpr float kUnseenMargin = 2;
 
 // Classes are ADAATTN_TILE_HIDDEN, DROPPED, POOLED, LOW and HIGH. The first tile, the last that is seen and those that
 // only part of the rows see are never left out, nor are those before them: rows at the start of a tile find their
@@ -145,7 +174,10 @@ inline HWY_NOINLINE void class_panel(const ForwardPlan& plan, const Visibility& 
     const FloatVector margin = hn::Set(d, below);
     return Pair{hn::Add(best.low, margin), hn::Add(best.high, margin)};
   };
-  const Pair leave = limit(rule.screen), low = limit(rule.low);
+  const FloatVector deviations = hn::Set(d, -kUnseenMargin);
+  const Pair seen = limit(rule.screen), low = limit(rule.low);
+  const Pair leave = {hn::MulAdd(deviations, queries.unseen.low, seen.low),
+                      hn::MulAdd(deviations, queries.unseen.high, seen.high)};
   for (std::size_t tile = 0; tile < block.tiles; ++tile) {
     if (classes[tile] == ADAATTN_TILE_HIDDEN) continue;
     if (!view_class_tile(visibility, panel, tile, plan.args->k.shape[2]).all_visible) continue;

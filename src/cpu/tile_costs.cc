@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 
+#include "cpu/key_head.h"
 #include "cpu/tile_products-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -133,7 +134,7 @@ TileCosts tile_times(std::int64_t dim) {
                full = m.exponentials + (m.scores - m.exponentials) * products;
   const auto scores = [&](double of) { return (m.exponentials + (of - m.exponentials) * products) / full; };
   const auto values = [&](double of) { return of * products / full; };
-  TileCosts costs = work_costs(static_cast<double>(16) / static_cast<double>(dim), m.low_scores[1] < m.scores);
+  TileCosts costs = work_costs(static_cast<double>(kScreenRank) / static_cast<double>(dim), m.low_scores[1] < m.scores);
   costs.scores[0] = costs.scores[1] = scores(m.scores);
   costs.values[0] = costs.values[1] = values(m.values);
   costs.scores[2] = scores(std::max(m.low_scores[0], m.exponentials));

@@ -20,6 +20,7 @@ struct TiledScratch {
   float* values;              // [kKeyTile][Dv rounded up] means of v of listed tiles
   float* keys;                // [kClassTile][D] means of keys of pooled tiles
   float* screened_q;          // [kScreenRank][lanes]
+  float* spread_q;            // [D][lanes]
   std::int32_t* screened_q8;  // [kScreenRank / 4][lanes]
   std::int32_t* q8;           // [block / lanes][D in fours][lanes]
   std::int32_t* q16;          // [block / lanes][D in twos][lanes]
@@ -43,6 +44,7 @@ inline TiledScratch lay_out_tiled(const adaattn_forward_args& args, Scratch& scr
           .values = scratch.take<float>(kKeyTile * padded_width(args.v.shape[3])),
           .keys = scratch.take<float>(kClassTile * d),
           .screened_q = scratch.take<float>(kScreenRank * kMaxPanelLanes),
+          .spread_q = scratch.take<float>(kMaxPanelLanes * d),
           .screened_q8 = scratch.take<std::int32_t>(kScreenRank / 4 * kMaxPanelLanes),
           .q8 = scratch.take<std::int32_t>(whole(d, 4) / 4 * kMaxBlock),
           .q16 = scratch.take<std::int32_t>(whole(d, 2) / 2 * kMaxBlock),

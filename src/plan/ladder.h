@@ -45,12 +45,11 @@ struct Precisions {
 };
 
 // Error and cost fall and rise with the level. Thresholds and steps were taken from a grid over heads of an 8,192-token
-// language model (docs/decisions/0005-cpu-tiles.md).
+// language model (docs/decisions/0010-low-precision-on-cpus.md).
 //
-// Means in place of tiles' values cost a language model more than what else makes an error of that size. At 1e-1
-// (gpt8k, 106,483 tokens) summaries and screens up to 0.5 took +0.32 % of perplexity, screens up to 0.15 with summaries
-// +0.21 %, without them +0.01 %, at 0.29 instead of 0.23 of the work (standard errors 0.03 to 0.06). So loose budgets
-// do without.
+// Means in place of tiles' values cost a language model more than what else makes an error of that size: at 1e-1
+// (gpt8k, 106,483 tokens) summaries took +0.2 to +0.3 % of perplexity, plans without them +0.01 % (standard errors 0.03
+// to 0.06). So loose budgets do without.
 constexpr double kSummariesUpTo = 0.05;
 inline adaattn_head_plan tiled_plan(double error, int level, const Precisions& precisions) {
   const double careful = std::pow(0.45, level);
@@ -59,7 +58,7 @@ inline adaattn_head_plan tiled_plan(double error, int level, const Precisions& p
           .low_precision = precisions.low,
           .pooled = 0,
           .rank = 0,
-          .screen = static_cast<float>(std::log(std::fmin(0.15, 48 * std::pow(error, 1.5) * careful))),
+          .screen = static_cast<float>(std::log(std::fmin(0.8, 48 * std::pow(error, 1.5) * careful))),
           .low = precisions.low_share,
           .drop = error > kSummariesUpTo ? 0.0F : static_cast<float>(std::fmin(0.2, error * careful))};
 }
@@ -78,10 +77,13 @@ inline Precisions precisions_for(double error, double int8_error, double bfloat1
   return {high, high, kNever};
 }
 
-// The same plan, more careful, after it missed its budget; dense float32 in the end.
-inline adaattn_head_plan more_careful(adaattn_head_plan plan, double estimate, double error, int escalations) {
-  if (plan.form != ADAATTN_TILED || escalations > 2 || !(estimate < 4 * error))
+// The same plan, more careful, after it missed its budget; then dense in a precision that is thought good enough, and
+// in the end dense in float32.
+inline adaattn_head_plan more_careful(adaattn_head_plan plan, double estimate, double error, int escalations,
+                                      std::int32_t dense_precision) {
+  if (plan.form == ADAATTN_DENSE && (plan.precision == dense_precision || escalations > 1))
     return dense_plan(ADAATTN_PRECISION_FLOAT32);
+  if (plan.form != ADAATTN_TILED || escalations > 1 || !(estimate < 2 * error)) return dense_plan(dense_precision);
   plan.screen -= 1.2F;
   plan.drop *= 0.3F;
   if (plan.low == 0)
@@ -100,7 +102,9 @@ struct LevelSearch {
   void record(bool accepted) { accepted ? high = next() : low = next() + 1; }
 };
 
-// A head leaves float32 only if it saves this share of its time, and is tiled only if that saves this much more.
+// A head leaves float32 only if it saves this share of its time, and is tiled only if that saves kLeastTiledGain of
+// the time that is then left: tiles may be misjudged, and the head then runs twice.
 constexpr double kLeastGain = 0.1;
+constexpr double kLeastTiledGain = 0.25;
 
 }  // namespace adaattn

@@ -27,7 +27,7 @@ struct ErrorEstimate {
 };
 
 // Standard errors above the estimate of the squared error that count as its limit.
-constexpr double kConfidence = 2.5;
+constexpr double kConfidence = 3;
 
 // Two estimators of the squared relative error (Cochran, Sampling Techniques, 1977, chapters 2 and 6): the ratio of
 // the sums, which suits errors that go with their row's norm, and the mean error over the head's own norm per row,

@@ -22,10 +22,11 @@ VOCABULARY = 128
 ADAPTIVE = ["--kernel", "cpu_adaptive", "--error", "0.1"]
 
 
-def local_heads(rng: Any, heads: int = 2, n: int = 2304, d: int = 32) -> tuple[Any, ...]:
+def local_heads(rng: Any, heads: int = 2, n: int = 4096, d: int = 32) -> tuple[Any, ...]:
     """Scores are large near the diagonal alone, so that tiles far away from it can be left out."""
-    place = np.arange(n)[:, None] * 0.002 * (np.arange(d // 2) + 1)
-    turning = 2 * np.stack([np.cos(place), np.sin(place)], -1).reshape(1, 1, n, d)
+    place = np.arange(n)[:, None] * 0.005 * (np.arange(d // 2) + 1)
+    falling = 4 * 0.85 ** np.arange(d // 2)[:, None]  # what few dimensions can hold
+    turning = (falling * np.stack([np.cos(place), np.sin(place)], -1)).reshape(1, 1, n, d)
     q, k = ((turning + 0.3 * rng.standard_normal((1, heads, n, d))).astype(np.float32) for _ in range(2))
     return q, k, rng.standard_normal((1, heads, n, d), dtype=np.float32)
 
@@ -39,9 +40,9 @@ def heads_file(tmp_path: Path, rng: Any) -> Path:
 
 def test_what_is_reported_is_what_attention_did(rng: Any) -> None:
     q, k, v = local_heads(rng)
-    request = Request(error=0.01, kernel="cpu_adaptive", truth="fp64")
+    request = Request(error=0.1, kernel="cpu_adaptive", truth="fp64")
     out, layer = inspect_heads(q, k, v, request, is_causal=True)
-    want, metrics = adaattn.attention(q, k, v, error=0.01, is_causal=True, kernel="cpu_adaptive", return_metrics=True)
+    want, metrics = adaattn.attention(q, k, v, error=0.1, is_causal=True, kernel="cpu_adaptive", return_metrics=True)
     np.testing.assert_array_equal(out, want)
     assert layer.kernel == metrics.kernel
     np.testing.assert_array_equal(layer.forms, metrics.heads.forms[0])
@@ -82,13 +83,13 @@ def test_heads_command(heads_file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["inspect", "--heads", str(heads_file), *ADAPTIVE, "--truth", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [layer["index"] for layer in facts["layers"]] == [0, 1]
-    assert facts["tokens"] == 2304
+    assert facts["tokens"] == 4096
     assert facts["truth"] == "exact"
     layer = facts["layers"][0]
     assert layer["causal"] is True
     assert len(layer["forms"]) == len(layer["work"]) == len(layer["true_error"]) == 2
     assert layer["statistics"]["entropy"]
-    assert main(["inspect", "--heads", str(heads_file), *ADAPTIVE, "--tokens", "2304", "--bidirectional"]) == 0
+    assert main(["inspect", "--heads", str(heads_file), *ADAPTIVE, "--tokens", "4096", "--bidirectional"]) == 0
     output = capsys.readouterr()
     assert "4 heads: work" in output.out
     assert "cpu_adaptive" in output.out
