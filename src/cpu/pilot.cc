@@ -107,7 +107,7 @@ class Pilot {
     // Without a screen nothing tells tiles apart before they are scored: then all are low, or nothing is to be had.
     if (!screened && (precisions.low_share < 0 || engine_.args->k.shape[2] < kLeastUnscreened)) return;
     const auto [plan, cost] = search(precisions, screened);
-    if (cost < (1 - kLeastTiledGain) * best) consider(plan, cost);
+    if (cost < (1 - (error_ < kTightBudget ? kLeastTightGain : kLeastTiledGain)) * best) consider(plan, cost);
   }
 
   static double dense_cost_of(const TileCosts& costs, std::int32_t precision) {
@@ -117,9 +117,12 @@ class Pilot {
   }
   double dense_cost(std::int32_t precision) const { return dense_cost_of(engine_.time, precision); }
 
+  // The error on those rows, or more where its confidence limit says so: at most kAlone * e only if the limit is below
+  // e.
   double try_dense(std::int32_t precision, const RowSet& rows) {
     run_by(dense_plan(precision), rows, scratch_.tried);
-    return compare(rows.count);
+    const ErrorEstimate found = estimate(rows.count);
+    return std::max(found.value, kAlone * found.limit) * (error_ < kTightBudget ? 1.25 : 1);
   }
 
   // Whether the loosest screen leaves out enough for a look: else a head is settled at the price of the screen.
@@ -132,7 +135,8 @@ class Pilot {
       run_screen_task(rows.plan, 0, engine_.keys_of(index_), plan, scratch_.forward, scratch_.tiled, counts);
     }
     state_.work += share(kPilotRows) * engine_.work_of(index_).screen / 2;
-    return static_cast<double>(counts.dropped) >= kLeastDropped * static_cast<double>(counts.visible);
+    const double least = error_ < kTightBudget ? kLeastTightlyDropped : kLeastDropped;
+    return static_cast<double>(counts.dropped) >= least * static_cast<double>(counts.visible);
   }
 
   // Fills the head's coreset; false if there is none.
@@ -256,13 +260,13 @@ class Pilot {
   double compare(std::int64_t rows) const { return estimate(rows).value; }
 
   static constexpr std::int64_t kLeastUnscreened = 8192;  // keys
-  static constexpr double kTightBudget = 6e-3, kLooseBudget = 5e-2;
+  static constexpr double kLooseBudget = 5e-2;
   static constexpr double kBuildTime = 3;  // of a multiply-add of a coreset's building, over one of attention's
   static constexpr int kUnscreenedLevels = 3;
   // Of the scores, held by the screen. Below it single rows lose their best tile, which probe rows seldom see: heads
   // made so (bench/budget/cases.py) were up to 17 times over. Heads of language models hold 0.68 and more.
   static constexpr float kLeastEnergy = 0.5F;
-  static constexpr double kLeastDropped = 0.05;
+  static constexpr double kLeastDropped = 0.05, kLeastTightlyDropped = 0.25;
   static constexpr double kPilotShare = 0.65;  // of the budget that pilot panels may use: they are few
   static constexpr double kPilotLimit = 0.85;  // and that their limit may reach
 

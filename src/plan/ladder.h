@@ -77,11 +77,14 @@ inline Precisions precisions_for(double error, double int8_error, double bfloat1
   return {high, high, kNever};
 }
 
+// Errors of tight budgets lie in few rows: trials tell less of them, and what saves little is not worth a miss.
+constexpr double kTightBudget = 6e-3;
+
 // The same plan, more careful, after it missed its budget; then dense in a precision that is thought good enough, and
 // in the end dense in float32.
 inline adaattn_head_plan more_careful(adaattn_head_plan plan, double estimate, double error, int escalations,
                                       std::int32_t dense_precision) {
-  if (plan.form == ADAATTN_DENSE && (plan.precision == dense_precision || escalations > 1))
+  if (error < kTightBudget || (plan.form == ADAATTN_DENSE && (plan.precision == dense_precision || escalations > 1)))
     return dense_plan(ADAATTN_PRECISION_FLOAT32);
   if (plan.form != ADAATTN_TILED || escalations > 1 || !(estimate < 2 * error)) return dense_plan(dense_precision);
   plan.screen -= 1.2F;
@@ -106,5 +109,6 @@ struct LevelSearch {
 // the time that is then left: tiles may be misjudged, and the head then runs twice.
 constexpr double kLeastGain = 0.1;
 constexpr double kLeastTiledGain = 0.25;
+constexpr double kLeastTightGain = 0.45;  // of tight budgets
 
 }  // namespace adaattn
