@@ -117,7 +117,8 @@ void find_basis(const adaattn_forward_args& args, std::int64_t b, std::int64_t k
                                         width);
   });
   std::copy_n(scratch.gram_k, dim * width, to.spread);
-  *to.sampled = static_cast<float>((nk + step_k - 1) / step_k);
+  const std::int64_t sampled = (nk + step_k - 1) / step_k;
+  *to.sampled = static_cast<float>(sampled);
   std::fill_n(scratch.gram_q, width * width, 0.0F);
   for (std::int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
     for_each_chunk(args.q, b, h, args.q.shape[2], step_q, width, scratch.rows, [&](std::int64_t, std::size_t count) {

@@ -238,7 +238,8 @@ double exact_core(const Head& head, double* core) {
     upper_gram(head.tile_at(tile), lanes, tile.keys, head.scratch.gram, lanes, tile.lanes());
     add_upper(head.scratch.gram, lanes, std::min(tile.high, count) - tile.low, core + tile.low * count + tile.low,
               count);
-    work += static_cast<double>(tile.lanes() * (tile.lanes() + 1) / 2 * tile.keys);
+    const auto pairs = tile.lanes() * (tile.lanes() + 1) / 2;
+    work += static_cast<double>(pairs * tile.keys);
   });
   mirror(core, count);
   return work;
