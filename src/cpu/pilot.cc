@@ -264,8 +264,8 @@ class Pilot {
   static constexpr double kBuildTime = 3;  // of a multiply-add of a coreset's building, over one of attention's
   static constexpr int kUnscreenedLevels = 3;
   // Of the scores, held by the screen. Below it single rows lose their best tile, which probe rows seldom see: heads
-  // made so (bench/budget/cases.py) were up to 17 times over. Heads of language models hold 0.68 and more.
-  static constexpr float kLeastEnergy = 0.5F;
+  // made so (bench/budget/cases.py) were up to 45 times over at 0.5. Heads of language models are as they were.
+  static constexpr float kLeastEnergy = 0.75F;
   static constexpr double kLeastDropped = 0.05, kLeastTightlyDropped = 0.25;
   static constexpr double kPilotShare = 0.65;  // of the budget that pilot panels may use: they are few
   static constexpr double kPilotLimit = 0.85;  // and that their limit may reach
