@@ -30,6 +30,9 @@ struct Operands {
   alignas(64) std::int32_t int_row[kPanelLanes];
 };
 
+// Vectors are made where they are used: one that a lambda captures may lie on a stack that is not aligned for it.
+HWY_INLINE Pair none() { return {hn::Zero(FloatTag()), hn::Zero(FloatTag())}; }
+
 // Seconds of the fastest of some runs.
 template <class Body>
 double fastest(Body body) {
@@ -47,8 +50,6 @@ double fastest(Body body) {
 // Seconds of a tile's scores with exponentials and of its values in float32, bfloat16 and int8, and of exponentials.
 std::array<double, 7> time_tiles() {
   static Operands o{};
-  const FloatVector zero = hn::Zero(FloatTag());
-  const Pair none = {zero, zero};
   Quantized copy{};
   copy.k8 = reinterpret_cast<std::uint8_t*>(o.k_groups);
   copy.k8_scale = copy.v8_scale = o.scale;
@@ -58,10 +59,10 @@ std::array<double, 7> time_tiles() {
       .q8 = o.q_groups, .q16 = o.q_groups, .bias = o.int_row, .q8_scale = o.row, .offset = o.row};
   const NativeDots native = native_dots();
   return {fastest([&]() HWY_ATTR {
-            Pair top = none;
+            Pair top = none();
             StoreScores store{o.scores, &top};
             panel_gemm<ALayout::kRowMajor>(kTile, o.k, kSample, o.q, kPanelLanes, kSample, store);
-            tile_mass<false>(o.scores, kTile, none, KeepFloat{o.scores}, nullptr);
+            tile_mass<false>(o.scores, kTile, none(), KeepFloat{o.scores}, nullptr);
           }),
           fastest([&]() HWY_ATTR {
             AddCompensated add{o.out, o.compensation};
@@ -70,7 +71,7 @@ std::array<double, 7> time_tiles() {
           fastest([&]() HWY_ATTR {
             native.bfloat16 ? bfloat16_scores<true>(copy, 0, kTile, kSample, queries, o.scores)
                             : bfloat16_scores<false>(copy, 0, kTile, kSample, queries, o.scores);
-            tile_mass<false>(o.scores, kTile, none, KeepBFloat16{o.p}, nullptr);
+            tile_mass<false>(o.scores, kTile, none(), KeepBFloat16{o.p}, nullptr);
           }),
           fastest([&]() HWY_ATTR {
             native.bfloat16 ? add_bfloat16_values<true>(copy, 0, kTile, kSample, o.p, o.out)
@@ -79,13 +80,13 @@ std::array<double, 7> time_tiles() {
           fastest([&]() HWY_ATTR {
             native.int8 ? int8_scores<true>(copy, 0, kTile, kSample, queries, o.scores)
                         : int8_scores<false>(copy, 0, kTile, kSample, queries, o.scores);
-            tile_mass<false>(o.scores, kTile, none, KeepBytes{o.p}, nullptr);
+            tile_mass<false>(o.scores, kTile, none(), KeepBytes{o.p}, nullptr);
           }),
           fastest([&]() HWY_ATTR {
-            native.int8 ? add_int8_values<true>(copy, 0, kTile, kSample, o.p, none, o.out)
-                        : add_int8_values<false>(copy, 0, kTile, kSample, o.p, none, o.out);
+            native.int8 ? add_int8_values<true>(copy, 0, kTile, kSample, o.p, none(), o.out)
+                        : add_int8_values<false>(copy, 0, kTile, kSample, o.p, none(), o.out);
           }),
-          fastest([&]() HWY_ATTR { tile_mass<false>(o.scores, kTile, none, KeepFloat{o.scores}, nullptr); })};
+          fastest([&]() HWY_ATTR { tile_mass<false>(o.scores, kTile, none(), KeepFloat{o.scores}, nullptr); })};
 }
 
 }  // namespace HWY_NAMESPACE
