@@ -256,6 +256,10 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
+TILE_KEYS = 64
+"""Neighbouring keys that share a tile's class."""
+
+
 def panel_rows() -> int:
     """Neighbouring queries that share a tile's class on this machine."""
     return int(library().adaattn_panel_rows())

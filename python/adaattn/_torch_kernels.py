@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from adaattn import _calls, _torch_arrays
-from adaattn._library import HEAD_REPORT_WORDS, STAGES, panel_rows
+from adaattn._library import HEAD_REPORT_WORDS, STAGES, TILE_KEYS, panel_rows
 from adaattn._options import CallOptions
 from adaattn._torch_arrays import empty_in_order_of, empty_rows, view
 from adaattn.plan import FORMS, PLAN_WORDS
 
-TILE_KEYS = 64
 _UNWRITTEN = 255  # no class of tiles
 _LOW_RANK = FORMS.index("low_rank")
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adaattn._inspected_call import TILE_CLASSES, TILE_KEYS, panel_rows
+from adaattn._inspected_call import TILE_CLASSES
+from adaattn._library import TILE_KEYS, panel_rows
 from adaattn.inspection import Layer
 
 Floats = npt.NDArray[np.float64]

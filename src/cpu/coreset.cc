@@ -10,17 +10,15 @@
 #include <cmath>
 #include <limits>
 
+#include "common/random.h"
 #include "cpu/simd/exp2-inl.h"
+#include "cpu/simd/micro_gemm-inl.h"
 #include "cpu/simd/rows-inl.h"
-#include "measure/products-inl.h"
-#include "measure/random.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace adaattn::cpu {
 namespace HWY_NAMESPACE {
 namespace {
-
-using measure::HWY_NAMESPACE::product;
 
 constexpr float kLog2E = 1.44269504F;
 constexpr auto kTile = static_cast<std::int64_t>(kKeyTile);
@@ -65,7 +63,7 @@ void sample_queries(const Build& build) {
   const adaattn_forward_args& args = build.args;
   const std::int64_t group = args.q.shape[1] / args.k.shape[1], all = group * args.q.shape[2];
   for (std::size_t i = 0; i < build.samples; ++i) {
-    const double part = static_cast<double>(i) + measure::random_uniform(0, i);
+    const double part = static_cast<double>(i) + random_uniform(0, i);
     const auto at = std::min(
         static_cast<std::int64_t>(part * static_cast<double>(all) / static_cast<double>(build.samples)), all - 1);
     const std::int64_t head = build.key_head * group + at / args.q.shape[2];
@@ -187,7 +185,7 @@ std::size_t propose(const Build& build, std::uint64_t round, std::array<std::int
     all += std::max(0.0, static_cast<double>(scratch.residual[key])) * static_cast<double>(scratch.mass[key]);
   if (!(all > 1e-12)) return 0;
   std::array<double, kCoresetBlock> marks;
-  for (std::size_t i = 0; i < kCoresetBlock; ++i) marks[i] = measure::random_uniform(round, i) * all;
+  for (std::size_t i = 0; i < kCoresetBlock; ++i) marks[i] = random_uniform(round, i) * all;
   std::sort(marks.begin(), marks.end());
   std::size_t count = 0, mark = 0;
   double sum = 0;
@@ -198,7 +196,7 @@ std::size_t propose(const Build& build, std::uint64_t round, std::array<std::int
     while (mark < kCoresetBlock && marks[mark] < sum) ++mark;
   }
   for (std::size_t i = count; i > 1; --i)  // in any order, or keys in front would go first
-    std::swap(places[i - 1], places[measure::random_bits(round, kCoresetBlock + i) % i]);
+    std::swap(places[i - 1], places[random_bits(round, kCoresetBlock + i) % i]);
   return count;
 }
 
@@ -249,7 +247,7 @@ std::size_t extend(const Build& build, const std::array<std::int64_t, kCoresetBl
   // Below this the residual is rounding, for kernel and factor are float32.
   constexpr double kLeast = 1e-4;
   for (std::size_t i = 0; i < count && size + added < build.capacity; ++i) {
-    if (rest[i][i] < kLeast || measure::random_uniform(round, 3 * kCoresetBlock + i) * drawn[i] > rest[i][i]) continue;
+    if (rest[i][i] < kLeast || random_uniform(round, 3 * kCoresetBlock + i) * drawn[i] > rest[i][i]) continue;
     const double root = std::sqrt(rest[i][i]);
     for (std::size_t j = 0; j < count; ++j) columns[added][j] = rest[j][i] / root;
     for (std::size_t j = 0; j < count; ++j)
@@ -355,7 +353,7 @@ bool build_coreset_target(const adaattn_forward_args& args, std::int64_t b, std:
   const std::size_t rounds = 8 + 4 * (capacity / kCoresetBlock);
   for (std::size_t round = 0; round < rounds && size < capacity; ++round) {
     std::array<std::int64_t, kCoresetBlock> places;
-    const std::uint64_t seed = measure::random_bits(static_cast<std::uint64_t>(key_head), round);
+    const std::uint64_t seed = random_bits(static_cast<std::uint64_t>(key_head), round);
     const std::size_t count = propose(build, seed, places);
     if (count == 0) break;
     residual_block(build, places, count, size);

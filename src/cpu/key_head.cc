@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/random.h"
 #include "cpu/rows.h"
 #include "cpu/simd/micro_gemm-inl.h"
 #include "cpu/simd/rows-inl.h"
@@ -18,16 +19,6 @@ HWY_BEFORE_NAMESPACE();
 namespace adaattn::cpu {
 namespace HWY_NAMESPACE {
 namespace {
-
-// C[rows][columns] = A B (or += with kAdd), columns a multiple of kPanelLanes.
-template <ALayout kLayout, bool kAdd>
-void product(std::size_t rows, const float* a, std::size_t lda, const float* b, std::size_t ldb, std::size_t depth,
-             float* c, std::size_t ldc, std::size_t columns) {
-  for (std::size_t lane = 0; lane < columns; lane += kPanelLanes) {
-    StoreRows<kAdd> store{c + lane, ldc};
-    panel_gemm<kLayout>(rows, a, lda, b + lane, ldb, depth, store);
-  }
-}
 
 void subtract_mean(const float* mean, std::size_t count, std::size_t width, float* rows) {
   for (std::size_t row = 0; row < count; ++row)
@@ -98,10 +89,7 @@ double trace_of_product(const float* a, const float* b, std::size_t dim, std::si
 
 // What differs from one coordinate to the next in no pattern that data has; the same on every run.
 float starting_value(std::size_t index) {
-  std::uint64_t x = index * 0x9E3779B97F4A7C15ULL;  // splitmix64
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
-  return static_cast<float>(static_cast<double>((x ^ (x >> 31)) >> 11) * 0x1p-52 - 1);
+  return static_cast<float>(static_cast<double>(random_bits(0, index - 1) >> 11) * 0x1p-52 - 1);
 }
 
 // The screen's basis: z, and y for the projection of the keys.

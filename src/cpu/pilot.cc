@@ -101,7 +101,7 @@ class Pilot {
       const auto [plan, cost] = search_coresets(rows, best);
       if (plan.form == ADAATTN_LOW_RANK) return consider(plan, cost);
     }
-    Precisions precisions = precisions_for(error_, int8, bfloat16);
+    const Precisions precisions = precisions_for(error_, int8, bfloat16);
     if (!engine_.long_enough()) return;
     const bool screened = *engine_.keys_of(index_).energy >= kLeastEnergy && leaves_out(precisions);
     // Without a screen nothing tells tiles apart before they are scored: then all are low, or nothing is to be had.
@@ -110,12 +110,11 @@ class Pilot {
     if (cost < (1 - (error_ < kTightBudget ? kLeastTightGain : kLeastTiledGain)) * best) consider(plan, cost);
   }
 
-  static double dense_cost_of(const TileCosts& costs, std::int32_t precision) {
+  double dense_cost(std::int32_t precision) const {
     TileCounts all{};
     all.visible = all.high = 1;
-    return cost_share(all, dense_plan(precision), costs);
+    return cost_share(all, dense_plan(precision), engine_.time);
   }
-  double dense_cost(std::int32_t precision) const { return dense_cost_of(engine_.time, precision); }
 
   // The error on those rows, or more where its confidence limit says so: at most kAlone * e only if the limit is below
   // e.
@@ -179,12 +178,16 @@ class Pilot {
     const std::int64_t size = kLanes * head_.v.shape[3];
     for (std::int64_t panel = 0; panel < kPilotPanels; ++panel)
       run_exactly(pilot_rows(engine_, panel), scratch_.exact + panel * size);
+    const auto plan_at = [&](int level) {
+      adaattn_head_plan plan = tiled_plan(error_, level, precisions);
+      if (!screened) plan.screen = kNever;
+      return plan;
+    };
     LevelSearch levels;
     if (!screened) levels.high = kUnscreenedLevels;
     Choice best = {dense_plan(ADAATTN_PRECISION_FLOAT32), 1};
     while (!levels.done()) {
-      adaattn_head_plan plan = tiled_plan(error_, levels.next(), precisions);
-      if (!screened) plan.screen = kNever;
+      const adaattn_head_plan plan = plan_at(levels.next());
       const auto [error, cost] = try_tiles(plan);
       if (cost > 1 - kLeastGain) {  // more careful ones save less
         levels.high = levels.next();
@@ -195,11 +198,10 @@ class Pilot {
       levels.record(accepted);
     }
     // A few panels see little of errors that lie in few rows, as those of tight budgets do: then a level is added.
-    if (best.plan.form == ADAATTN_TILED && error_ < kTightBudget)
-      best.plan = tiled_plan(error_, levels.high + 1, precisions);
+    if (best.plan.form == ADAATTN_TILED && error_ < kTightBudget) best.plan = plan_at(levels.high + 1);
     // Pooling what a looser screen leaves out may hold the budget for less.
     if (screened && levels.high > 0 && levels.high < kRuleLevels && error_ >= kTightBudget) {
-      adaattn_head_plan plan = tiled_plan(error_, levels.high - 1, precisions);
+      adaattn_head_plan plan = plan_at(levels.high - 1);
       plan.pooled = 1;
       const auto [error, cost] = try_tiles(plan);
       if (accepts_pilot(error) && cost < best.cost) best = {plan, cost};

@@ -1,4 +1,4 @@
-// Matrix products of any number of panels, on the CPU kernels' micro kernel.
+// Gram matrices of any number of panels, on the CPU kernels' micro kernel.
 // Included once per instruction set (Highway's foreach_target), hence the toggled guard.
 #if defined(ADAATTN_MEASURE_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ADAATTN_MEASURE_PRODUCTS_INL_H_
@@ -17,16 +17,7 @@ namespace HWY_NAMESPACE {
 
 using cpu::HWY_NAMESPACE::ALayout;
 using cpu::HWY_NAMESPACE::kPanelLanes;
-
-// C[rows][columns] = A B (or += with kAdd), columns a multiple of kPanelLanes.
-template <ALayout kLayout, bool kAdd>
-void product(std::size_t rows, const float* a, std::size_t lda, const float* b, std::size_t ldb, std::size_t depth,
-             float* c, std::size_t ldc, std::size_t columns) {
-  for (std::size_t lane = 0; lane < columns; lane += kPanelLanes) {
-    cpu::HWY_NAMESPACE::StoreRows<kAdd> store{c + lane, ldc};
-    cpu::HWY_NAMESPACE::panel_gemm<kLayout>(rows, a, lda, b + lane, ldb, depth, store);
-  }
-}
+using cpu::HWY_NAMESPACE::product;
 
 // The upper triangle, diagonal included and some of what lies below it, of X^T X for rows x [depth][ld].
 inline void upper_gram(const float* x, std::size_t ld, std::size_t depth, float* c, std::size_t ldc,

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/random.h"
 #include "common/tensor.h"
 #include "common/visibility.h"
 #include "cpu/mask_row.h"
@@ -15,7 +16,6 @@
 #include "cpu/simd/exp2-inl.h"
 #include "cpu/simd/rows-inl.h"
 #include "measure/products-inl.h"
-#include "measure/random.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace adaattn::measure {

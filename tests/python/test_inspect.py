@@ -214,7 +214,7 @@ def test_tile_map_picture(rng: Any, tmp_path: Path) -> None:
     """Every class, with the shares of the visible tiles in the legend."""
     import dataclasses
 
-    from adaattn._inspected_call import panel_rows
+    from adaattn._library import panel_rows
     from matplotlib.figure import Figure
 
     _, layer = inspect_heads(*local_heads(rng, n=256), Request(), is_causal=True)

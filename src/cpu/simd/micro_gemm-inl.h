@@ -1,4 +1,5 @@
-// The one matrix product of the CPU kernels: a few rows of C held in registers, one panel of lanes wide.
+// The one matrix product of the CPU kernels: a few rows of C held in registers, one panel of lanes wide; and any number
+// of panels.
 // Included once per instruction set (Highway's foreach_target), hence the toggled guard.
 #if defined(ADAATTN_CPU_SIMD_MICRO_GEMM_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ADAATTN_CPU_SIMD_MICRO_GEMM_INL_H_
@@ -86,6 +87,16 @@ struct StoreRows {
     hn::StoreU(high, d, to + kVectorLanes);
   }
 };
+
+// C[rows][columns] = A B (or += with kAdd), columns a multiple of kPanelLanes.
+template <ALayout kLayout, bool kAdd>
+void product(std::size_t rows, const float* a, std::size_t lda, const float* b, std::size_t ldb, std::size_t depth,
+             float* c, std::size_t ldc, std::size_t columns) {
+  for (std::size_t lane = 0; lane < columns; lane += kPanelLanes) {
+    StoreRows<kAdd> store{c + lane, ldc};
+    panel_gemm<kLayout>(rows, a, lda, b + lane, ldb, depth, store);
+  }
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace adaattn::cpu

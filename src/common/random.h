@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-namespace adaattn::measure {
+namespace adaattn {
 
 // SplitMix64's output function (Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195) of seed and index.
 inline std::uint64_t random_bits(std::uint64_t seed, std::uint64_t index) {
@@ -25,4 +25,4 @@ inline double random_normal(std::uint64_t seed, std::uint64_t index) {
   return radius * std::cos(6.283185307179586 * random_uniform(seed, 2 * index + 1));
 }
 
-}  // namespace adaattn::measure
+}  // namespace adaattn
