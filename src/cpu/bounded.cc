@@ -20,6 +20,7 @@
 #include "cpu/forward_plan.h"
 #include "cpu/head_problem.h"
 #include "cpu/threads.h"
+#include "cpu/tiled.h"
 #include "cpu/value_tiles.h"
 #include "plan/error_bound.h"
 #include "reference/reference.h"
@@ -249,7 +250,7 @@ void plan_heads(const Engine& engine) {
 
 // Runs the wanted blocks of all heads.
 void attend(const Engine& engine) {
-  const std::size_t panel = static_cast<std::size_t>(adaattn_panel_rows());
+  const std::size_t panel = panel_rows();
   const std::size_t panels = (static_cast<std::size_t>(engine.args->q.shape[2]) + panel - 1) / panel;
   for_all(engine, engine.heads * engine.blocks, [&](std::int64_t i, const ThreadScratch& scratch) {
     const std::int64_t h = i / engine.blocks;
@@ -366,7 +367,7 @@ void fill_dense_classes(const Engine& engine, std::int64_t head) {
   const Visibility visibility =
       make_visibility(args.options, args.q.shape[2],
                       args.key_lengths != nullptr ? args.key_lengths[head / args.q.shape[1]] : args.k.shape[2]);
-  const std::int64_t panel = adaattn_panel_rows(), panels = (args.q.shape[2] + panel - 1) / panel;
+  const auto panel = static_cast<std::int64_t>(panel_rows()), panels = (args.q.shape[2] + panel - 1) / panel;
   const auto tiles = static_cast<std::int64_t>(bound_tiles(args));
   std::uint8_t* classes = args.tile_classes + head * panels * tiles;
   for (std::int64_t p = 0; p < panels; ++p) {
