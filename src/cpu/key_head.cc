@@ -192,10 +192,24 @@ void build_tile(const adaattn_forward_args& args, const float* k, std::size_t ld
                    to.pooled_keys + (tile * kPoolsOfTile + pool) * dim);
       column_means(v + pool * kPool * ld_v, ld_v, kPool, dim_v, nullptr, values);
     }
-  quantize_tile(k, ld_k, dim, v, ld_v, dim_v, mean, first, count, to.copies, to.copy);
+  quantize_keys(k, ld_k, dim, first, count, to.copies, to.copy);
+  quantize_values(v, ld_v, dim_v, mean, first, count, to.copies, to.copy);
 }
 
 }  // namespace
+
+void sampled_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,
+                  float* mean) {
+  const std::size_t dim = static_cast<std::size_t>(k.shape[3]), width = padded_width(k.shape[3]);
+  std::fill_n(mean, width, 0.0F);
+  std::size_t sampled = 0;
+  for_each_chunk(k, b, key_head, keys, sample_step(keys), width, rows, [&](std::int64_t, std::size_t count) {
+    for (std::size_t row = 0; row < count; ++row)
+      for (std::size_t c = 0; c < dim; ++c) mean[c] += rows[row * width + c];
+    sampled += count;
+  });
+  for (std::size_t c = 0; c < dim; ++c) mean[c] /= static_cast<float>(std::max<std::size_t>(sampled, 1));
+}
 
 void build_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
                       const KeyHeadScratch& scratch, const KeyHead& to) {
@@ -203,16 +217,7 @@ void build_for_target(const adaattn_forward_args& args, std::int64_t b, std::int
   const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
   const std::int64_t nk = args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
 
-  std::fill_n(to.mean, width, 0.0F);
-  const std::int64_t step_k = sample_step(nk);
-  std::size_t sampled = 0;
-  for_each_chunk(args.k, b, key_head, nk, step_k, width, scratch.rows, [&](std::int64_t, std::size_t count) {
-    for (std::size_t row = 0; row < count; ++row)
-      for (std::size_t c = 0; c < dim; ++c) to.mean[c] += scratch.rows[row * width + c];
-    sampled += count;
-  });
-  for (std::size_t c = 0; c < dim; ++c) to.mean[c] /= static_cast<float>(std::max<std::size_t>(sampled, 1));
-
+  sampled_mean(args.k, b, key_head, nk, scratch.rows, to.mean);
   if (to.screened) find_basis(args, b, key_head, nk, scratch, to);
   *to.finite = true;
   for (std::int64_t first = 0; first < nk && *to.finite; first += kClassTile) {
@@ -235,10 +240,16 @@ HWY_AFTER_NAMESPACE();
 namespace adaattn::cpu {
 
 HWY_EXPORT(build_for_target);
+HWY_EXPORT(sampled_mean);
 
 void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
                     const KeyHeadScratch& scratch, const KeyHead& to) {
   HWY_DYNAMIC_DISPATCH(build_for_target)(args, b, key_head, scratch, to);
+}
+
+void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,
+                   float* mean) {
+  HWY_DYNAMIC_DISPATCH(sampled_mean)(k, b, key_head, keys, rows, mean);
 }
 
 }  // namespace adaattn::cpu

@@ -104,4 +104,8 @@ inline KeyHeadScratch lay_out_key_head_thread(const adaattn_forward_args& args, 
 void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
                     const KeyHeadScratch& scratch, const KeyHead& to);
 
+// KeyHead.mean alone, of the first keys; rows: scratch, [kKeyTile][D rounded up to panels].
+void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,
+                   float* mean);
+
 }  // namespace adaattn::cpu

@@ -116,17 +116,18 @@ void values_to_bfloat16(const float* v, std::size_t ld, std::size_t dim, std::si
 
 }  // namespace
 
-void quantize(const float* k, std::size_t ld_k, std::size_t dim, const float* v, std::size_t ld_v, std::size_t dim_v,
-              const float* v_mean, std::size_t first, std::size_t count, Copies copies, const Quantized& to) {
-  if (copies.int8) {
-    keys_to_int8(k, ld_k, dim, count, to.k8 + first * whole(dim, 4), to.k8_scale + first);
-    values_to_int8(v, ld_v, dim_v, v_mean, count, to.v8 + first * dim_v,
-                   to.v8_scale + first / static_cast<std::size_t>(kClassTile) * dim_v);
-  }
-  if (copies.bfloat16) {
-    keys_to_bfloat16(k, ld_k, dim, count, to.k16 + first * whole(dim, 2));
-    values_to_bfloat16(v, ld_v, dim_v, count, reinterpret_cast<std::int32_t*>(to.v16 + first * dim_v));
-  }
+void copy_keys(const float* k, std::size_t ld, std::size_t dim, std::size_t first, std::size_t count, Copies copies,
+               const Quantized& to) {
+  if (copies.int8) keys_to_int8(k, ld, dim, count, to.k8 + first * whole(dim, 4), to.k8_scale + first);
+  if (copies.bfloat16) keys_to_bfloat16(k, ld, dim, count, to.k16 + first * whole(dim, 2));
+}
+
+void copy_values(const float* v, std::size_t ld, std::size_t dim, const float* mean, std::size_t first,
+                 std::size_t count, Copies copies, const Quantized& to) {
+  if (copies.int8)
+    values_to_int8(v, ld, dim, mean, count, to.v8 + first * dim,
+                   to.v8_scale + first / static_cast<std::size_t>(kClassTile) * dim);
+  if (copies.bfloat16) values_to_bfloat16(v, ld, dim, count, reinterpret_cast<std::int32_t*>(to.v16 + first * dim));
 }
 
 }  // namespace HWY_NAMESPACE
@@ -136,12 +137,17 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace adaattn::cpu {
 
-HWY_EXPORT(quantize);
+HWY_EXPORT(copy_keys);
+HWY_EXPORT(copy_values);
 
-void quantize_tile(const float* k, std::size_t ld_k, std::size_t dim, const float* v, std::size_t ld_v,
-                   std::size_t dim_v, const float* v_mean, std::size_t first, std::size_t count, Copies copies,
+void quantize_keys(const float* k, std::size_t ld, std::size_t dim, std::size_t first, std::size_t count, Copies copies,
                    const Quantized& to) {
-  HWY_DYNAMIC_DISPATCH(quantize)(k, ld_k, dim, v, ld_v, dim_v, v_mean, first, count, copies, to);
+  HWY_DYNAMIC_DISPATCH(copy_keys)(k, ld, dim, first, count, copies, to);
+}
+
+void quantize_values(const float* v, std::size_t ld, std::size_t dim, const float* mean, std::size_t first,
+                     std::size_t count, Copies copies, const Quantized& to) {
+  HWY_DYNAMIC_DISPATCH(copy_values)(v, ld, dim, mean, first, count, copies, to);
 }
 
 }  // namespace adaattn::cpu

@@ -11,6 +11,7 @@
 #include "adaattn/adaattn.h"
 #include "common/scratch.h"
 #include "cpu/forward_plan.h"
+#include "plan/head_plan.h"
 
 namespace adaattn::cpu {
 
@@ -30,29 +31,42 @@ struct Copies {
   bool int8, bfloat16;
 };
 
+// Those that a head with this plan reads.
+inline Copies copies_of(const adaattn_head_plan& plan) {
+  return {.int8 = uses_precision(plan, ADAATTN_PRECISION_INT8),
+          .bfloat16 = uses_precision(plan, ADAATTN_PRECISION_BFLOAT16)};
+}
+
 constexpr std::size_t whole(std::size_t count, std::size_t of) { return (count + of - 1) / of * of; }
+
+// Of keys alone; keys is a multiple of kClassTile.
+inline Quantized lay_out_quantized_keys(std::size_t keys, std::size_t dim, Copies copies, Scratch& scratch) {
+  Quantized copy{};
+  if (copies.int8) {
+    copy.k8 = scratch.take<std::uint8_t>(keys * whole(dim, 4));
+    copy.k8_scale = scratch.take<float>(keys);
+  }
+  if (copies.bfloat16) copy.k16 = scratch.take<std::uint16_t>(keys * whole(dim, 2));
+  return copy;
+}
 
 inline Quantized lay_out_quantized(const adaattn_forward_args& args, Copies copies, Scratch& scratch) {
   const std::size_t tile = kClassTile, keys = whole(static_cast<std::size_t>(args.k.shape[2]), tile);
   const auto d = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
-  Quantized copy{};
+  Quantized copy = lay_out_quantized_keys(keys, d, copies, scratch);
   if (copies.int8) {
-    copy.k8 = scratch.take<std::uint8_t>(keys * whole(d, 4));
-    copy.k8_scale = scratch.take<float>(keys);
     copy.v8 = scratch.take<std::int8_t>(keys * dv);
     copy.v8_scale = scratch.take<float>(keys / tile * dv);
   }
-  if (copies.bfloat16) {
-    copy.k16 = scratch.take<std::uint16_t>(keys * whole(d, 2));
-    copy.v16 = scratch.take<std::uint16_t>(keys * dv);
-  }
+  if (copies.bfloat16) copy.v16 = scratch.take<std::uint16_t>(keys * dv);
   return copy;
 }
 
-// Fills the copies of a tile: count <= kClassTile keys from first on, k [count][ld_k] less their mean, v [count][ld_v],
-// the mean of v [Dv].
-void quantize_tile(const float* k, std::size_t ld_k, std::size_t dim, const float* v, std::size_t ld_v,
-                   std::size_t dim_v, const float* v_mean, std::size_t first, std::size_t count, Copies copies,
+// Fill the copies of a tile: count <= kClassTile keys from first on, k [count][ld] less the keys' mean, v [count][ld]
+// and its mean [Dv] over the tile.
+void quantize_keys(const float* k, std::size_t ld, std::size_t dim, std::size_t first, std::size_t count, Copies copies,
                    const Quantized& to);
+void quantize_values(const float* v, std::size_t ld, std::size_t dim, const float* mean, std::size_t first,
+                     std::size_t count, Copies copies, const Quantized& to);
 
 }  // namespace adaattn::cpu

@@ -19,6 +19,7 @@
 #include "cpu/simd/micro_gemm-inl.h"
 #include "cpu/simd/rows-inl.h"
 #include "cpu/tile_products-inl.h"
+#include "cpu/tile_scores-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace adaattn::cpu {
@@ -34,19 +35,6 @@ PanelQueries queries_of(const TiledScratch& scratch, std::size_t panel, std::siz
           .offset = rows + 2 * kPanelLanes};
 }
 
-bool uses(const adaattn_head_plan& rule, std::int32_t precision) {
-  return rule.precision == precision || (rule.low > kNever && rule.low_precision == precision);
-}
-
-// The panel's queries in the precisions that the rule names.
-void prepare_queries(const adaattn_head_plan& rule, const KeyHead& keys, const Panel& panel, std::size_t dim,
-                     const PanelQueries& to) {
-  if (uses(rule, ADAATTN_PRECISION_INT8)) quantize_queries(panel.q, dim, to.q8, to.q8_scale, to.bias);
-  if (uses(rule, ADAATTN_PRECISION_BFLOAT16)) queries_to_bfloat16(panel.q, dim, to.q16);
-  StoreRows<false> store{to.offset, kPanelLanes};
-  panel_gemm<ALayout::kRowMajor>(1, keys.mean, dim, panel.q, kPanelLanes, dim, store);
-}
-
 // One tile of keys, for all panels of a block.
 struct KeyTile {
   std::size_t index;
@@ -59,34 +47,6 @@ HWY_INLINE Pair masses(bool masked, const float* scores, std::size_t keys, Pair 
                        Pair* moment) {
   return masked ? tile_mass<true>(scores, keys, reference, keep, moment)
                 : tile_mass<false>(scores, keys, reference, keep, moment);
-}
-
-// The tile's keys and the panel's queries, rounded, in scratch; scores as of the keys themselves.
-HWY_NOINLINE Pair emulated_scores(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
-                                  const TiledScratch& tiled, const KeyHead& keys, const Panel& panel,
-                                  const PanelQueries& queries, const KeyTile& tile, std::size_t count) {
-  const FloatTag d;
-  const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]);
-  const bool centred = is_8_bit(precision);
-  for (std::size_t key = 0; key < count; ++key) {
-    float* to = tiled.emulated_k + key * dim;
-    for (std::size_t c = 0; c < dim; ++c) to[c] = tile.k.data[key * tile.k.ld + c] - (centred ? keys.mean[c] : 0);
-    round_values(precision, to, dim, 1);
-  }
-  std::copy_n(panel.q, dim * kPanelLanes, tiled.emulated_q);
-  for (std::size_t lane = 0; lane < kPanelLanes; ++lane)
-    round_values(precision, tiled.emulated_q + lane, dim, kPanelLanes);
-  const FloatVector lowest = hn::Set(d, kNegativeInfinity);
-  Pair top = {lowest, lowest};
-  StoreScores store{scratch.scores, &top};
-  panel_gemm<ALayout::kRowMajor>(count, tiled.emulated_k, dim, tiled.emulated_q, kPanelLanes, dim, store);
-  if (!centred) return top;
-  const Pair offset = load_pair(queries.offset);
-  for (std::size_t key = 0; key < count; ++key) {
-    const Pair score = load_pair(scratch.scores + key * kPanelLanes);
-    store_pair({hn::Add(score.low, offset.low), hn::Add(score.high, offset.high)}, scratch.scores + key * kPanelLanes);
-  }
-  return {hn::Add(top.low, offset.low), hn::Add(top.high, offset.high)};
 }
 
 // out += rounded p times rounded v, in float8 of what v differs from its mean by. p [count][kPanelLanes] in the
@@ -109,25 +69,6 @@ HWY_NOINLINE void add_emulated_values(std::int32_t precision, const ForwardPlan&
   }
   AddCompensated add{panel.out, panel.compensation};
   panel_gemm<ALayout::kTransposed>(dv, tiled.emulated_v, dv, scratch.scores, kPanelLanes, count, add);
-}
-
-HWY_INLINE Pair tile_scores(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
-                            const TiledScratch& tiled, const KeyHead& keys, const Panel& panel,
-                            const PanelQueries& queries, const KeyTile& tile, std::size_t count) {
-  const auto dim = static_cast<std::size_t>(plan.args->q.shape[3]), first = static_cast<std::size_t>(tile.first);
-  if (is_emulated(precision))
-    return emulated_scores(precision, plan, scratch, tiled, keys, panel, queries, tile, count);
-  if (precision == ADAATTN_PRECISION_INT8)
-    return native_dots().int8 ? int8_scores<true>(keys.copy, first, count, dim, queries, scratch.scores)
-                              : int8_scores<false>(keys.copy, first, count, dim, queries, scratch.scores);
-  if (precision == ADAATTN_PRECISION_BFLOAT16)
-    return native_dots().bfloat16 ? bfloat16_scores<true>(keys.copy, first, count, dim, queries, scratch.scores)
-                                  : bfloat16_scores<false>(keys.copy, first, count, dim, queries, scratch.scores);
-  const FloatVector lowest = hn::Set(FloatTag(), kNegativeInfinity);
-  Pair top = {lowest, lowest};
-  StoreScores store{scratch.scores, &top};
-  panel_gemm<ALayout::kRowMajor>(count, tile.k.data, tile.k.ld, panel.q, kPanelLanes, dim, store);
-  return top;
 }
 
 HWY_INLINE void add_values(std::int32_t precision, const ForwardPlan& plan, const ForwardScratch& scratch,
@@ -187,7 +128,14 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
   std::uint8_t& tile_class = block.classes(index)[tile.index];
   const bool is_low = tile_class == ADAATTN_TILE_LOW;
   const std::int32_t precision = is_low ? rule.low_precision : rule.precision;
-  Pair top = tile_scores(precision, plan, scratch, tiled, keys, panel, queries_of(tiled, index, dim), tile, count);
+  const ScoredKeys scored = {.count = count,
+                             .dim = dim,
+                             .rows = tile.k,
+                             .mean = keys.mean,
+                             .copy = keys.copy,
+                             .first = static_cast<std::size_t>(tile.first)};
+  Pair top = tile_scores(precision, scored, panel.q, queries_of(tiled, index, dim),
+                         {tiled.emulated_k, tiled.emulated_q}, scratch.scores);
   if (!view.all_visible) {
     const LaneBounds<kPanelLanes> bounds(visibility, panel.rows, tile.first);
     top = mask_scores(scratch.scores, count, 0, bounds, nullptr);
@@ -369,7 +317,7 @@ void tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys,
   const Visibility visibility = visibility_of(plan, 0);
   BlockTiles block = class_block(plan, visibility, rows, keys, rule, scratch, tiled, counts);
   for (std::size_t p = 0; p < block.panels; ++p)
-    prepare_queries(rule, keys, panel_at(plan, scratch, rows, p), d, queries_of(tiled, p, d));
+    prepare_queries(copies_of(rule), panel_at(plan, scratch, rows, p).q, d, keys.mean, queries_of(tiled, p, d));
   // Sinks first, then from the diagonal backwards: what comes late is then compared with nearly the whole sum.
   for (std::size_t step = 0; step < block.tiles; ++step) {
     KeyTile tile = {.index = step == 0 ? 0 : block.tiles - step, .first = 0, .k = {}, .v = {}};

@@ -15,6 +15,11 @@ inline bool is_8_bit(std::int32_t precision) {
   return precision == ADAATTN_PRECISION_INT8 || precision == ADAATTN_PRECISION_FLOAT8;
 }
 
+// Whether some tile of the head may be scored in it.
+inline bool uses_precision(const adaattn_head_plan& plan, std::int32_t precision) {
+  return plan.precision == precision || (plan.low > kNever && plan.low_precision == precision);
+}
+
 // Tiles of one class by one panel of queries each.
 struct TileCounts {
   std::int64_t visible = 0, dropped = 0, pooled = 0;
