@@ -92,12 +92,13 @@ typedef enum adaattn_precision {
 
 /* What becomes of a tile of 64 keys seen from a panel of neighbouring queries. */
 typedef enum adaattn_tile_class {
-  ADAATTN_TILE_HIDDEN = 0,     /* no query of the panel sees it */
-  ADAATTN_TILE_DROPPED = 1,    /* left out by the screen, not scored */
-  ADAATTN_TILE_POOLED = 2,     /* left out by the screen; means of 16 keys and values stand for it */
-  ADAATTN_TILE_SUMMARISED = 3, /* scored; its mass times its mean v stands for it */
-  ADAATTN_TILE_LOW = 4,        /* scored and multiplied with v in the plan's low precision */
-  ADAATTN_TILE_HIGH = 5        /* scored and multiplied with v in the plan's precision */
+  ADAATTN_TILE_HIDDEN = 0,        /* no query of the panel sees it */
+  ADAATTN_TILE_DROPPED = 1,       /* left out by the screen, not scored */
+  ADAATTN_TILE_POOLED = 2,        /* left out by the screen; means of 16 keys and values stand for it */
+  ADAATTN_TILE_SUMMARISED = 3,    /* scored in the plan's precision; its mass times its mean v stands for it */
+  ADAATTN_TILE_LOW = 4,           /* scored and multiplied with v in the plan's low precision */
+  ADAATTN_TILE_HIGH = 5,          /* scored and multiplied with v in the plan's precision */
+  ADAATTN_TILE_SUMMARISED_LOW = 6 /* as summarised, but scored in the plan's low precision; reports count both as one */
 } adaattn_tile_class;
 
 /* How one (batch, query head) is, or was, carried out. The numbers in it are thresholds on shares of a row's softmax,

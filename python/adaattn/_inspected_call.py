@@ -18,6 +18,7 @@ from adaattn.plan import FORMS, PRECISIONS
 _REPORT = np.dtype(_library.HeadReport)
 
 TILE_CLASSES = ("hidden", "dropped", "pooled", "summarised", "low", "high")
+_SUMMARISED, _SUMMARISED_LOW = 3, 6
 
 
 class Attended(NamedTuple):
@@ -27,7 +28,7 @@ class Attended(NamedTuple):
     reports: Any
     """Records of adaattn_head_report."""
     tiles: npt.NDArray[np.uint8] | None
-    """(B, Hq, panels, tiles), adaattn_tile_class."""
+    """(B, Hq, panels, tiles), indices into TILE_CLASSES: adaattn_tile_class, summarised in either precision as one."""
     seconds: dict[str, float]
     kernel: str
 
@@ -66,5 +67,7 @@ def attend(
         *views, 0, 0, 0, 0, options, _calls.Execution(_numpy_calls._Workspace()), int(heads.ctypes.data), 0,
         ctypes.addressof(times), 0 if tiles is None else int(tiles.ctypes.data),
     )  # fmt: skip
+    if tiles is not None:
+        tiles[tiles == _SUMMARISED_LOW] = _SUMMARISED
     seconds = {name: float(getattr(times, name)) for name, *_ in _library.StageTimes._fields_}
     return Attended(out, heads, tiles, seconds, ran)

@@ -111,7 +111,7 @@ Reasons declines_backward_tiled(const adaattn_backward_args& args) {
 }
 
 constexpr std::array kBackward = {BackwardKernel{.name = "cpu_tiled",
-                                                 .summary = "gradients of tiles in classes, in float32",
+                                                 .summary = "gradients of tiles in classes, as they were rounded",
                                                  .device = ADAATTN_CPU,
                                                  .unavailable = always_available,
                                                  .declines = declines_backward_tiled,

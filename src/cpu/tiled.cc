@@ -185,7 +185,7 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
     block.list(index)[listed++] = static_cast<std::int32_t>(tile.index);
   }
   if (summarised) {
-    tile_class = ADAATTN_TILE_SUMMARISED;
+    tile_class = static_cast<std::uint8_t>(is_low ? ADAATTN_TILE_SUMMARISED_LOW : ADAATTN_TILE_SUMMARISED);
     ++counts.summarised;
     counts.summarised_low += static_cast<std::int64_t>(is_low);
     return;

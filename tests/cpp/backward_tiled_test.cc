@@ -9,34 +9,20 @@
 #include <vector>
 
 #include "adaattn/attention.h"
-#include "buffer.h"
 #include "common/error.h"
 #include "common/visibility.h"
 #include "targets.h"
+#include "tiled_gradient_problem.h"
 
 namespace adaattn::testing {
 namespace {
-
-struct Shape {
-  const char* name = "";
-  std::int64_t query_heads = 2, key_heads = 2, queries = 150, keys = 200, dim = 24, value_dim = 40;
-  bool causal = true;
-  std::int64_t key_length = -1;
-};
-void PrintTo(const Shape& shape, std::ostream* stream) { *stream << shape.name; }
-
-using Values = std::vector<double>;
 
 // The function that a forward pass with these classes computes, from the definition: sum over dout * out.
 class Model {
  public:
   Model(const Shape& shape, std::int64_t panel, const std::vector<std::uint8_t>& classes,
-        const std::vector<adaattn_head_plan>& plans, const adaattn_options& options)
-      : s_(shape),
-        panel_(panel),
-        classes_(classes),
-        plans_(plans),
-        visibility_(make_visibility(options, shape.queries, shape.key_length < 0 ? shape.keys : shape.key_length)) {}
+        const std::vector<adaattn_head_plan>& plans)
+      : s_(shape), panel_(panel), classes_(classes), plans_(plans), visibility_(visibility_of(shape)) {}
 
   double operator()(const Values& q, const Values& k, const Values& v, const Values& dout, Values* out,
                     Values* lse) const {
@@ -88,7 +74,7 @@ class Model {
     if (c == ADAATTN_TILE_HIGH || c == ADAATTN_TILE_LOW) {
       for (std::int64_t key = first; key < end; ++key)
         if (sees(visibility_, i, key)) add_mean(row, key, 1, std::exp(score(row, key, 1)), o, sum);
-    } else if (c == ADAATTN_TILE_SUMMARISED) {
+    } else if (c == ADAATTN_TILE_SUMMARISED || c == ADAATTN_TILE_SUMMARISED_LOW) {
       double mass = 0;
       for (std::int64_t key = first; key < end; ++key) mass += std::exp(score(row, key, 1));
       add_mean(row, first, end - first, mass, o, sum);
@@ -104,82 +90,6 @@ class Model {
   const std::vector<adaattn_head_plan>& plans_;
   Visibility visibility_;
 };
-
-struct Inputs {
-  explicit Inputs(const Shape& s) {
-    Random random(23);
-    const auto fill = [&](std::int64_t count) {
-      std::vector<float> values(static_cast<std::size_t>(count));
-      for (float& x : values) x = random.normal();
-      return values;
-    };
-    q = fill(s.query_heads * s.queries * s.dim);
-    k = fill(s.key_heads * s.keys * s.dim);
-    v = fill(s.key_heads * s.keys * s.value_dim);
-    dout = fill(s.query_heads * s.queries * s.value_dim);
-  }
-  std::vector<float> q, k, v, dout;
-};
-
-adaattn_options options_of(const Shape& s) {
-  adaattn_options options = adaattn_default_options();
-  options.causal = s.causal ? 1 : 0;
-  options.alignment = ADAATTN_BOTTOM_RIGHT;
-  return options;
-}
-
-// Classes as a forward pass could have them: panels that see only part of a tile have it high.
-std::vector<std::uint8_t> random_classes(const Shape& s, std::int64_t panel) {
-  Random random(29);
-  const Visibility visibility = make_visibility(options_of(s), s.queries, s.key_length < 0 ? s.keys : s.key_length);
-  std::vector<std::uint8_t> classes;
-  for (std::int64_t h = 0; h < s.query_heads; ++h)
-    for (std::int64_t first = 0; first < s.queries; first += panel)
-      for (std::int64_t tile = 0; tile < s.keys; tile += 64) {
-        const std::int64_t last = std::min(first + panel, s.queries) - 1;
-        const std::int64_t end = std::min(tile + 64, visibility.key_count);
-        auto c = static_cast<std::uint8_t>(1 + 5 * random.uniform());
-        if (c == ADAATTN_TILE_POOLED && end - tile < 64) c = ADAATTN_TILE_DROPPED;
-        if (tile == 0 || visible_keys(visibility, first, first).end < end) c = ADAATTN_TILE_HIGH;
-        if (visible_keys(visibility, last, last).end <= tile) c = ADAATTN_TILE_HIDDEN;
-        classes.push_back(c);
-      }
-  return classes;
-}
-
-struct Gradients {
-  std::vector<float> q, k, v;
-};
-
-Gradients run(const Shape& s, Inputs& inputs, const Values& out, const Values& lse,
-              const std::vector<std::uint8_t>& classes, const std::vector<adaattn_head_plan>& plans, int threads) {
-  Gradients got = {.q = std::vector<float>(inputs.q.size(), NAN),
-                   .k = std::vector<float>(inputs.k.size(), NAN),
-                   .v = std::vector<float>(inputs.v.size(), NAN)};
-  std::vector<float> out32(out.begin(), out.end()), lse32(lse.begin(), lse.end());
-  const auto view = [](std::vector<float>& x, std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
-    return adaattn::view(x.data(), {1, heads, tokens, dim});
-  };
-  BackwardArgs args{};
-  args.q = view(inputs.q, s.query_heads, s.queries, s.dim);
-  args.k = view(inputs.k, s.key_heads, s.keys, s.dim);
-  args.v = view(inputs.v, s.key_heads, s.keys, s.value_dim);
-  args.out = view(out32, s.query_heads, s.queries, s.value_dim);
-  args.dout = view(inputs.dout, s.query_heads, s.queries, s.value_dim);
-  args.dq = view(got.q, s.query_heads, s.queries, s.dim);
-  args.dk = view(got.k, s.key_heads, s.keys, s.dim);
-  args.dv = view(got.v, s.key_heads, s.keys, s.value_dim);
-  args.lse = lse32.data();
-  args.options = options_of(s);
-  args.options.num_threads = threads;
-  args.key_lengths = s.key_length < 0 ? nullptr : &s.key_length;
-  args.plans = plans.data();
-  args.tile_classes = classes.data();
-  adaattn::backward(args);
-  return got;
-}
-
-Values wide(const std::vector<float>& x) { return {x.begin(), x.end()}; }
 
 // Slopes of the model along random directions of one input against those that the gradient gives.
 void expect_slopes(const Model& model, const Inputs& inputs, const Gradients& got, const std::string& where) {
@@ -221,7 +131,7 @@ TEST_P(BackwardTiled, IsTheSlopeOfTheForwardPass) {
     const std::vector<std::uint8_t> classes = random_classes(s, panel);
     std::vector<adaattn_head_plan> plans(static_cast<std::size_t>(s.query_heads));
     for (std::size_t h = 0; h < plans.size(); ++h) plans[h].form = h == 1 ? ADAATTN_DENSE : ADAATTN_TILED;
-    const Model model(s, panel, classes, plans, options_of(s));
+    const Model model(s, panel, classes, plans);
     Values out(inputs.dout.size()), lse(static_cast<std::size_t>(s.query_heads * s.queries));
     model(wide(inputs.q), wide(inputs.k), wide(inputs.v), wide(inputs.dout), &out, &lse);
     const Gradients got = run(s, inputs, out, lse, classes, plans, 2);
@@ -270,7 +180,7 @@ TEST(BackwardTiledOfBounded, IsTheSlopeOfTheForwardPass) {
   adaattn::forward(args);
   ASSERT_GT(reports[0].summarised_tiles, 20);
   const std::vector<adaattn_head_plan> plans = {reports[0].plan, reports[1].plan};
-  const Model model(s, panel, classes, plans, args.options);
+  const Model model(s, panel, classes, plans);
   const Gradients got = run(s, inputs, wide(out), wide(lse), classes, plans, 2);
   expect_slopes(model, inputs, got, "bounded");
 }
@@ -298,6 +208,8 @@ TEST(BackwardTiledInput, IsChecked) {
   std::vector<adaattn_head_plan> tiled(2);
   tiled[0].form = tiled[1].form = ADAATTN_TILED;
   EXPECT_NE(message(tiled).find("tile_classes[1] is 9"), std::string::npos);
+  tiled[1].low_precision = 5;
+  EXPECT_NE(message(tiled).find("plans[1].low_precision is 5"), std::string::npos);
 }
 
 }  // namespace
