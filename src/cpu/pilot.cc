@@ -69,7 +69,8 @@ class Pilot {
   };
 
   void take(const adaattn_head_plan& plan) {
-    state_.plan = plan;
+    // Thresholds are of tiled heads: a policy leaves them in place when it has a head run dense.
+    state_.plan = plan.form == ADAATTN_DENSE ? dense_plan(plan.precision) : plan;
     if (plan.form != ADAATTN_LOW_RANK) return;
     if (!build(plan.rank)) state_.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
   }

@@ -226,6 +226,21 @@ adaattn_head_plan tiles(std::int32_t precision, std::int32_t low_precision, floa
   return plan;
 }
 
+// Whatever thresholds a dense plan holds.
+TEST(Plans, OfDenseHeadsUseEveryTile) {
+  Inputs inputs({.queries = 300, .keys = 400});
+  for (const std::int32_t precision : {ADAATTN_PRECISION_INT8, ADAATTN_PRECISION_BFLOAT16}) {
+    adaattn_head_plan plan = tiled_plan(0.1, 0, {precision, ADAATTN_PRECISION_FLOAT8, 0});
+    plan.form = ADAATTN_DENSE;
+    plan.drop = 0.1F;
+    const Inputs::Result got = inputs.run("cpu_adaptive", 10, true, nullptr, {plan, plan});
+    const adaattn_head_plan plain = dense_plan(precision);
+    EXPECT_TRUE(same_bits(got.out, inputs.run("cpu_adaptive", 10, true, nullptr, {plain, plain}).out));
+    EXPECT_EQ(got.reports[0].plan.screen, kNever) << "reported as it ran";
+    for (const std::uint8_t c : got.classes) EXPECT_TRUE(c == ADAATTN_TILE_HIGH || c == ADAATTN_TILE_HIDDEN);
+  }
+}
+
 TEST(Plans, RunInEveryPrecisionOnEveryInstructionSet) {
   // D and Dv that are no multiples of 4, and tiles that end early.
   Inputs inputs({.query_heads = 2, .key_heads = 1, .queries = 1000, .keys = 1050, .dim = 30, .data = Data::kRandom});
