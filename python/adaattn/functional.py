@@ -59,8 +59,8 @@ def attention(
             own, and heads over budget run again. None: the engine plans. Not with error=0.
         backward: With torch, what error > 0 means for calls that record a gradient. "exact": they run exactly.
             "consistent": they use the budget, and the gradient is that of what was computed, with the classes of tiles
-            as constants and scores rounded as they were. On heads of language models dk and dv are about as wrong as
-            the output, dq 2 to 5 times (`adaattn gradients` measures it).
+            as constants and scores rounded as they were. Of most heads of language models dk and dv are one to two
+            times as wrong as the output, dq up to five times (`adaattn gradients` measures it).
         is_causal: Hide every key after the diagonal. As in torch, not together with attn_mask.
         attn_mask: 1 to 4 dimensions, broadcastable to (B, Hq, Nq, Nk). Bool: True shows the key. Float32 or the dtype
             of q: added to the scaled scores. It gets no gradient; one that requires it is refused.
