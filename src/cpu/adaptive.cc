@@ -1,6 +1,6 @@
 // The stages, by waves of key heads:
-//   measure  what a key head's queries share: the screen, means of tiles, copies in low precision
-//   plan     a plan for each head (cpu/pilot.h), unless the caller gave one
+//   measure  what a key head's queries share: means of tiles, copies in low precision
+//   plan     a plan for each head (cpu/pilot.h), unless the caller gave one, and the screen where a plan may use one
 //   attend   all panels by the plans
 //   verify   evenly spaced rows, run exactly, tell each head's error; a head whose error is not accepted takes a more
 //            careful plan, at last float32 and dense
@@ -41,7 +41,7 @@ Parts wanted_parts(const adaattn_forward_args& args) {
     parts.copies.int8 = parts.copies.int8 || names(ADAATTN_PRECISION_INT8);
     parts.copies.bfloat16 = parts.copies.bfloat16 || names(ADAATTN_PRECISION_BFLOAT16);
     parts.int8_screen = paying.int8;
-    parts.screen = parts.screen || plan.screen > kNever || (plan.low > kNever && plan.low < 0);
+    parts.screen = parts.screen || is_screened(plan);
   }
   return parts;
 }
@@ -91,7 +91,9 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
                                                ? lay_out_coreset_thread(args, engine.coreset_keys, scratch)
                                                : CoresetScratch{},
                                 .exact = scratch.take<float>(kPilotRows * dv),
-                                .tried = scratch.take<float>(kPilotRows * dv)};
+                                .tried = scratch.take<float>(kPilotRows * dv),
+                                .exact_lse = scratch.take<float>(kTrialRows),
+                                .tried_lse = scratch.take<float>(kTrialRows)};
     if (engine.scratch != nullptr) engine.scratch[t] = mine;
   }
   return engine;
@@ -166,7 +168,8 @@ void verify(const Engine& engine) {
     state.done = accepts(state.estimate, error) && state.failed == 0;
     if (state.done) return;
     ++state.escalations;
-    state.plan = more_careful(state.plan, state.estimate.value, error, state.escalations, state.dense_precision);
+    state.plan =
+        more_careful(state.plan, state.estimate.value, error, state.tight, state.escalations, state.dense_precision);
     state.counts = {};
   });
 }

@@ -16,6 +16,7 @@
 #include "cpu/threads.h"
 #include "cpu/tiled.h"
 #include "plan/head_plan.h"
+#include "plan/ladder.h"
 #include "verify/estimate.h"
 
 namespace adaattn::cpu {
@@ -35,6 +36,11 @@ struct HeadState {
   int escalations;
   std::int32_t dense_precision;  // the fastest that was accepted on trial rows, short of the plan's own
   std::int64_t failed;           // rows that a coreset gave no sound result for
+  bool tight;                    // whether its budget is (plan/ladder.h)
+  // While it is planned:
+  bool may_be_tiled;
+  Precisions precisions;  // of its tiles
+  double best;            // time of the plan so far, over float32's
 };
 
 struct ThreadScratch {
@@ -42,7 +48,8 @@ struct ThreadScratch {
   TiledScratch tiled;
   KeyHeadScratch key_head;
   CoresetScratch coreset;
-  float *exact, *tried;  // [kPilotRows][Dv] rows for planning
+  float *exact, *tried;          // [kPilotRows][Dv] rows for planning
+  float *exact_lse, *tried_lse;  // [kTrialRows]
 };
 
 // Heads go through the stages in waves of a few key heads, so that the workspace and the caches hold what a wave needs.
@@ -68,7 +75,7 @@ struct Engine {
   TileCosts work_of(std::int64_t index) const { return of_rank(work, index); }
   TileCosts time_of(std::int64_t index) const { return of_rank(time, index); }
   TileCosts of_rank(TileCosts costs, std::int64_t index) const {  // costs are those of a screen of kScreenRank
-    if (parts.screen) costs.screen *= static_cast<double>(*keys_of(index).rank) / kScreenRank;
+    if (keys_of(index).screened) costs.screen *= static_cast<double>(*keys_of(index).rank) / kScreenRank;
     return costs;
   }
   bool long_enough() const { return std::min(args->q.shape[2], args->k.shape[2]) >= kLeastTiled; }
@@ -89,12 +96,14 @@ inline adaattn_forward_args head_of(const adaattn_forward_args& args, std::int64
   return one;
 }
 
-// count rows from first on, step apart, with the output as float32 in out [count][Dv] and no other results.
+// count rows from first on, step apart, with the output as float32 in out [count][Dv], the log-sum-exp in lse [count]
+// unless NULL, and no other results.
 struct RowsProblem {
   adaattn_forward_args args;
   ForwardPlan plan;
 
-  RowsProblem(const adaattn_forward_args& head, std::int64_t first, std::int64_t step, std::int64_t count, float* out)
+  RowsProblem(const adaattn_forward_args& head, std::int64_t first, std::int64_t step, std::int64_t count, float* out,
+              float* lse = nullptr)
       : args(head) {
     args.q.data = static_cast<std::byte*>(args.q.data) + offset_of(args.q, 0, 0, first, 0) * dtype_size(args.q.dtype);
     args.q.shape[2] = count;
@@ -105,7 +114,8 @@ struct RowsProblem {
                 .device = ADAATTN_CPU,
                 .shape = {1, 1, count, dv},
                 .stride = {0, 0, dv, 1}};
-    args.lse = args.entropy = args.max_probability = nullptr;
+    args.lse = lse;
+    args.entropy = args.max_probability = nullptr;
     args.tile_classes = nullptr;
     plan = make_forward_plan(args, 1);
     plan.args = &args;

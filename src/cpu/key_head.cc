@@ -165,35 +165,63 @@ void column_means(const float* rows, std::size_t ld, std::size_t count, std::siz
   for (std::size_t c = 0; c < columns; ++c) to[c] = to[c] * factor + (add != nullptr ? add[c] : 0);
 }
 
-// One tile of keys (less their mean) and values: everything that is kept of it.
-void build_tile(const adaattn_forward_args& args, const float* k, std::size_t ld_k, const float* v, std::size_t ld_v,
-                std::size_t first, std::size_t count, const KeyHeadScratch& scratch, const KeyHead& to) {
-  const auto dim = static_cast<std::size_t>(args.q.shape[3]), dim_v = static_cast<std::size_t>(args.v.shape[3]);
-  const std::size_t tile = first / static_cast<std::size_t>(kClassTile), width_v = padded_width(args.v.shape[3]);
-  const std::size_t rank = to.screened ? static_cast<std::size_t>(*to.rank) : 0;
-  if (to.screened)
-    product<ALayout::kRowMajor, false>(count, k, ld_k, scratch.columns, kRankColumns, dim, scratch.projected,
-                                       kRankColumns, kRankColumns);
-  if (!to.screened) {
-  } else if (to.k8 != nullptr) {
+// Whether one of the rows lies farther from their mean than kStandsOut times the root mean square.
+bool one_stands_out(const float* rows, std::size_t ld, std::size_t count, const float* mean, std::size_t width) {
+  const FloatTag d;
+  float largest = 0, all = 0;
+  for (std::size_t row = 0; row < count; ++row) {
+    FloatVector sum = hn::Zero(d);
+    for (std::size_t c = 0; c < width; c += kVectorLanes) {  // both are 0 past the columns
+      const FloatVector x = hn::Sub(hn::LoadU(d, rows + row * ld + c), hn::LoadU(d, mean + c));
+      sum = hn::MulAdd(x, x, sum);
+    }
+    const float norm = hn::GetLane(hn::SumOfLanes(d, sum));
+    largest = std::max(largest, norm);
+    all += norm;
+  }
+  return largest * static_cast<float>(count) > kStandsOut * kStandsOut * all;
+}
+
+// The screen's part of one tile of keys (less their mean) and values.
+void screen_tile(const float* k, std::size_t ld_k, std::size_t dim, const float* v, std::size_t ld_v, std::size_t dim_v,
+                 std::size_t first, std::size_t count, const KeyHeadScratch& scratch, const KeyHead& to) {
+  const std::size_t tile = first / static_cast<std::size_t>(kClassTile),
+                    width_v = padded_width(static_cast<std::int64_t>(dim_v)), rank = static_cast<std::size_t>(*to.rank);
+  product<ALayout::kRowMajor, false>(count, k, ld_k, scratch.columns, kRankColumns, dim, scratch.projected,
+                                     kRankColumns, kRankColumns);
+  if (to.k8 != nullptr) {
     screen_to_bytes(scratch.projected, count, rank, to.k8 + first * rank, to.k8_scale + tile);
   } else {
     for (std::size_t row = 0; row < count; ++row)
       std::copy_n(scratch.projected + row * kRankColumns, rank, to.k + (first + row) * rank);
   }
-  float* mean = to.value_means + tile * width_v;
-  std::fill_n(mean, width_v, 0.0F);
-  column_means(v, ld_v, count, dim_v, nullptr, mean);
-  if (to.screened && count == static_cast<std::size_t>(kClassTile))  // the screen leaves out whole tiles alone
-    for (std::size_t pool = 0; pool < kPoolsOfTile; ++pool) {
-      float* values = to.pooled_values + (tile * kPoolsOfTile + pool) * width_v;
-      std::fill_n(values, width_v, 0.0F);
-      column_means(k + pool * kPool * ld_k, ld_k, kPool, dim, to.mean,
-                   to.pooled_keys + (tile * kPoolsOfTile + pool) * dim);
-      column_means(v + pool * kPool * ld_v, ld_v, kPool, dim_v, nullptr, values);
-    }
-  quantize_keys(k, ld_k, dim, first, count, to.copies, to.copy);
-  quantize_values(v, ld_v, dim_v, mean, first, count, to.copies, to.copy);
+  to.stands_out[tile] = one_stands_out(v, ld_v, count, to.value_means + tile * width_v, width_v);
+  if (count < static_cast<std::size_t>(kClassTile)) return;  // the screen leaves out whole tiles alone
+  for (std::size_t pool = 0; pool < kPoolsOfTile; ++pool) {
+    float* values = to.pooled_values + (tile * kPoolsOfTile + pool) * width_v;
+    std::fill_n(values, width_v, 0.0F);
+    column_means(k + pool * kPool * ld_k, ld_k, kPool, dim, to.mean,
+                 to.pooled_keys + (tile * kPoolsOfTile + pool) * dim);
+    column_means(v + pool * kPool * ld_v, ld_v, kPool, dim_v, nullptr, values);
+  }
+}
+
+// visit(first, count) for each tile, whose keys less their mean and values are in scratch.rows and scratch.values.
+template <class Visit>
+void for_each_tile(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+                   const KeyHeadScratch& scratch, const KeyHead& to, Visit visit) {
+  const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
+  const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
+  const std::int64_t nk = args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
+  *to.finite = true;
+  for (std::int64_t first = 0; first < nk && *to.finite; first += kClassTile) {
+    const auto count = static_cast<std::size_t>(std::min(kClassTile, nk - first));
+    convert_rows(rows_of(args.k, b, key_head, first), count, width, scratch.rows, width);
+    convert_rows(rows_of(args.v, b, key_head, first), count, width_v, scratch.values, width_v);
+    *to.finite = all_finite({scratch.rows, width}, count, dim) && all_finite({scratch.values, width_v}, count, dim_v);
+    subtract_mean(to.mean, count, width, scratch.rows);
+    if (*to.finite) visit(static_cast<std::size_t>(first), count);
+  }
 }
 
 }  // namespace
@@ -218,18 +246,25 @@ void build_for_target(const adaattn_forward_args& args, std::int64_t b, std::int
   const std::int64_t nk = args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
 
   sampled_mean(args.k, b, key_head, nk, scratch.rows, to.mean);
-  if (to.screened) find_basis(args, b, key_head, nk, scratch, to);
-  *to.finite = true;
-  for (std::int64_t first = 0; first < nk && *to.finite; first += kClassTile) {
-    const auto count = static_cast<std::size_t>(std::min(kClassTile, nk - first));
-    convert_rows(rows_of(args.k, b, key_head, first), count, width, scratch.rows, width);
-    convert_rows(rows_of(args.v, b, key_head, first), count, width_v, scratch.values, width_v);
-    *to.finite = all_finite({scratch.rows, width}, count, dim) && all_finite({scratch.values, width_v}, count, dim_v);
-    subtract_mean(to.mean, count, width, scratch.rows);
-    if (*to.finite)
-      build_tile(args, scratch.rows, width, scratch.values, width_v, static_cast<std::size_t>(first), count, scratch,
-                 to);
-  }
+  for_each_tile(args, b, key_head, scratch, to, [&](std::size_t first, std::size_t count) {
+    float* mean = to.value_means + first / static_cast<std::size_t>(kClassTile) * width_v;
+    std::fill_n(mean, width_v, 0.0F);
+    column_means(scratch.values, width_v, count, dim_v, nullptr, mean);
+    quantize_keys(scratch.rows, width, dim, first, count, to.copies, to.copy);
+    quantize_values(scratch.values, width_v, dim_v, mean, first, count, to.copies, to.copy);
+  });
+}
+
+bool screen_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
+                       const KeyHeadScratch& scratch, const KeyHead& to) {
+  const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
+  const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
+  find_basis(args, b, key_head, args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2], scratch, to);
+  if (*to.energy < least_energy) return false;
+  for_each_tile(args, b, key_head, scratch, to, [&](std::size_t first, std::size_t count) {
+    screen_tile(scratch.rows, width, dim, scratch.values, width_v, dim_v, first, count, scratch, to);
+  });
+  return true;
 }
 
 }  // namespace HWY_NAMESPACE
@@ -240,16 +275,23 @@ HWY_AFTER_NAMESPACE();
 namespace adaattn::cpu {
 
 HWY_EXPORT(build_for_target);
+HWY_EXPORT(screen_for_target);
 HWY_EXPORT(sampled_mean);
 
 void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
-                    const KeyHeadScratch& scratch, const KeyHead& to) {
+                    const KeyHeadScratch& scratch, KeyHead& to) {
+  to.screened = false;
   HWY_DYNAMIC_DISPATCH(build_for_target)(args, b, key_head, scratch, to);
 }
 
 void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,
                    float* mean) {
   HWY_DYNAMIC_DISPATCH(sampled_mean)(k, b, key_head, keys, rows, mean);
+}
+
+void build_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
+                  const KeyHeadScratch& scratch, KeyHead& to) {
+  to.screened = HWY_DYNAMIC_DISPATCH(screen_for_target)(args, b, key_head, least_energy, scratch, to);
 }
 
 }  // namespace adaattn::cpu

@@ -21,7 +21,14 @@ constexpr std::size_t kSmallRank = 16;                              // r of head
 constexpr float kEnoughEnergy = 0.95F;                              // those of which it holds this share
 constexpr std::size_t kRankColumns = 32;                            // the same in whole panels
 constexpr std::int64_t kLeastGramRows = 256, kMostGramRows = 1024;  // evenly spaced, an eighth: the basis' sample
-constexpr std::size_t kPool = 16;                                   // keys of a pooled one
+// A screen that holds less of the scores' energy is of no use to a head that is planned. Below it single rows lose
+// their best tile, which probe rows seldom see: heads made so (bench/budget/cases.py) were up to 45 times over at 0.5.
+// Heads of language models lie above.
+constexpr float kLeastEnergy = 0.75F;
+// Values of 64 keys of a language model differ from their mean by up to 3.3 times the rms; the most there can be is 8.
+// A row that finds a value beyond them errs by as much if its tile is left out, and few rows may.
+constexpr float kStandsOut = 4;
+constexpr std::size_t kPool = 16;  // keys of a pooled one
 constexpr std::size_t kPoolsOfTile = static_cast<std::size_t>(kClassTile) / kPool;
 
 // What is wanted of a KeyHead.
@@ -32,7 +39,7 @@ struct Parts {
 
 // Arrays in the caller's workspace.
 struct KeyHead {
-  bool screened;         // whether there is a screen; else its arrays and the pooled ones are NULL
+  bool screened;         // whether the screen's arrays, and the pooled ones, are filled
   float* z;              // [D][kScreenRank], for q
   float* spread;         // [D][D rounded up to panels] Kc^T Kc, and
   float* sampled;        // [1] of how many keys: q's scores have the variance (q^T Kc^T Kc q) / sampled, and what the
@@ -43,6 +50,7 @@ struct KeyHead {
   float* k8_scale;       // [tiles]
   float* mean;           // [D rounded up to panels], of (sampled) keys
   float* value_means;    // [tiles][Dv rounded up to panels], mean of v over each tile
+  bool* stands_out;      // [tiles] whether one value differs from its tile's mean by more than kStandsOut times the rms
   float* pooled_keys;    // [tiles][kPoolsOfTile][D], means of kPool neighbouring keys
   float* pooled_values;  // [tiles][kPoolsOfTile][Dv rounded up to panels], of their values
   float* energy;         // [1] share of ||Q Kc^T||_F^2 that the rank-r product holds, over the sampled rows
@@ -59,13 +67,13 @@ struct KeyHeadScratch {
   float *y, *t;            // [kScreenRank][width]
   float* columns;          // [width][kRankColumns]
   float* projected;        // [kKeyTile][kRankColumns]
+  float* tops;             // [tiles][kMaxPanelLanes]
 };
 
 inline KeyHead lay_out_key_head(const adaattn_forward_args& args, Parts parts, Scratch& scratch) {
   const auto d = static_cast<std::size_t>(args.q.shape[3]), width_v = padded_width(args.v.shape[3]);
   const std::size_t keys = whole(static_cast<std::size_t>(args.k.shape[2]), kClassTile), tiles = keys / kClassTile;
   KeyHead head{};
-  head.screened = parts.screen;
   head.copies = parts.copies;
   head.mean = scratch.take<float>(padded_width(args.q.shape[3]));
   head.value_means = scratch.take<float>(tiles * width_v);
@@ -82,6 +90,7 @@ inline KeyHead lay_out_key_head(const adaattn_forward_args& args, Parts parts, S
   else
     head.k = scratch.take<float>(keys * kScreenRank);
   head.k8_scale = scratch.take<float>(tiles);
+  head.stands_out = scratch.take<bool>(tiles);
   head.pooled_keys = scratch.take<float>(tiles * kPoolsOfTile * d);
   head.pooled_values = scratch.take<float>(tiles * kPoolsOfTile * width_v);
   return head;
@@ -96,13 +105,19 @@ inline KeyHeadScratch lay_out_key_head_thread(const adaattn_forward_args& args, 
           .y = scratch.take<float>(width * kScreenRank),
           .t = scratch.take<float>(width * kScreenRank),
           .columns = scratch.take<float>(width * kRankColumns),
-          .projected = scratch.take<float>(kKeyTile * kRankColumns)};
+          .projected = scratch.take<float>(kKeyTile * kRankColumns),
+          .tops = scratch.take<float>(whole(static_cast<std::size_t>(args.k.shape[2]), kClassTile) / kClassTile *
+                                      kMaxPanelLanes)};
 }
 
-// Fills the parts for one (batch, key head) and all query heads that share it. Directions of the screen beyond those
-// that q and k have come out as 0.
+// Fills what is no part of the screen for one (batch, key head).
 void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
-                    const KeyHeadScratch& scratch, const KeyHead& to);
+                    const KeyHeadScratch& scratch, KeyHead& to);
+
+// Then the screen, for all query heads that share it, unless it would hold less than least_energy. k and v must be
+// finite and the screen laid out. Directions beyond those that q and k have come out as 0.
+void build_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
+                  const KeyHeadScratch& scratch, KeyHead& to);
 
 // KeyHead.mean alone, of the first keys; rows: scratch, [kKeyTile][D rounded up to panels].
 void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,

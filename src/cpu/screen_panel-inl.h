@@ -146,14 +146,14 @@ constexpr float kUnseenMargin = 2;
 
 // Classes are ADAATTN_TILE_HIDDEN, DROPPED, POOLED, LOW and HIGH. The first tile, the last that is seen and those that
 // only part of the rows see are never left out, nor are those before them: rows at the start of a tile find their
-// neighbours there.
+// neighbours there. Nor are those of which one value stands out.
 inline HWY_NOINLINE void class_panel(const ForwardPlan& plan, const Visibility& visibility, const Panel& panel,
                                      const KeyHead& keys, const adaattn_head_plan& rule, const BlockTiles& block,
                                      std::size_t index, TileCounts& counts) {
   const FloatTag d;
   const TiledScratch& scratch = *block.scratch;
   std::uint8_t* classes = block.classes(index);
-  const bool screened = rule.screen > kNever || (rule.low > kNever && rule.low < 0);
+  const bool screened = is_screened(rule);
   const std::uint8_t unseen = rule.low < 0 ? ADAATTN_TILE_HIGH : ADAATTN_TILE_LOW;  // of tiles without a score
   ScreenedQueries queries{};
   if (screened) queries = screen_queries(scratch, keys, panel, static_cast<std::size_t>(plan.args->q.shape[3]));
@@ -182,7 +182,7 @@ inline HWY_NOINLINE void class_panel(const ForwardPlan& plan, const Visibility& 
     if (classes[tile] == ADAATTN_TILE_HIDDEN) continue;
     if (!view_class_tile(visibility, panel, tile, plan.args->k.shape[2]).all_visible) continue;
     const Pair top = load_pair(scratch.tops + tile * kPanelLanes);
-    const bool inner = tile > 0 && tile + 1 < block.tiles &&
+    const bool inner = tile > 0 && tile + 1 < block.tiles && !keys.stands_out[tile] &&
                        view_class_tile(visibility, panel, tile + 1, plan.args->k.shape[2]).all_visible;
     if (inner && all_below(top, leave)) {
       classes[tile] = static_cast<std::uint8_t>(rule.pooled != 0 ? ADAATTN_TILE_POOLED : ADAATTN_TILE_DROPPED);

@@ -306,7 +306,13 @@ void write_classes(const ForwardPlan& plan, const PanelRows& rows, const BlockTi
 
 void class_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
                 const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
-  class_block(plan, visibility_of(plan, 0), block_rows(plan, task), keys, rule, scratch, tiled, counts);
+  const BlockTiles block =
+      class_block(plan, visibility_of(plan, 0), block_rows(plan, task), keys, rule, scratch, tiled, counts);
+  for (std::size_t p = 0; p < block.panels; ++p) {
+    const std::uint8_t* classes = block.classes(p);
+    counts.low += std::count(classes, classes + block.tiles, std::uint8_t{ADAATTN_TILE_LOW});
+    counts.high += std::count(classes, classes + block.tiles, std::uint8_t{ADAATTN_TILE_HIGH});
+  }
 }
 
 void tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,

@@ -69,7 +69,7 @@ inline std::int64_t tile_class_count(const adaattn_forward_args& args) {
 void run_tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
                     const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts);
 
-// The screen alone, for planning: adds the tiles seen and left out to counts, writes no output.
+// The screen alone, for planning: adds the tiles seen, left out and kept, as low or high, to counts, writes no output.
 void run_screen_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
                      const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts);
 

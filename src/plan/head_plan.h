@@ -55,13 +55,17 @@ inline TileCosts work_costs(double rank_share, bool int8_screen) {
           .pooled = 2.0 / 16};
 }
 
+// Whether tiles are told apart by the screen.
+inline bool is_screened(const adaattn_head_plan& plan) {
+  return plan.screen > kNever || (plan.low > kNever && plan.low < 0);
+}
+
 // Of a head by a plan, as a share of dense float32 tiles of those costs.
 inline double cost_share(const TileCounts& tiles, const adaattn_head_plan& plan, const TileCosts& costs) {
   if (tiles.visible == 0) return 1;
   const auto count = [](std::int64_t n) { return static_cast<double>(n); };
-  const bool screened = plan.screen > kNever || (plan.low > kNever && plan.low < 0);
   const double listed = count(tiles.summarised) + (is_8_bit(plan.low_precision) ? count(tiles.low) : 0);
-  const double sum = (screened ? count(tiles.visible) * costs.screen : 0) +
+  const double sum = (is_screened(plan) ? count(tiles.visible) * costs.screen : 0) +
                      count(tiles.summarised_low + tiles.low) * costs.scores[plan.low_precision] +
                      count(tiles.summarised - tiles.summarised_low + tiles.high) * costs.scores[plan.precision] +
                      count(tiles.low) * costs.values[plan.low_precision] +

@@ -2,6 +2,7 @@
 // plan.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include "buffer.h"
 #include "common/dtype.h"
 #include "common/scratch.h"
+#include "cpu/droppable.h"
 #include "cpu/emulated.h"
 #include "cpu/key_head.h"
 #include "cpu/tiled.h"
@@ -57,6 +59,8 @@ class Inputs {
     v_ = fill(heads.key_heads, heads.keys, 0, false);
   }
 
+  std::vector<float>& q() { return q_; }
+  const std::vector<float>& k() const { return k_; }
   std::vector<float>& v() { return v_; }
 
   struct Result {
@@ -331,6 +335,26 @@ TEST(Plans, PoolWhatTheScreenLeavesOut) {
   EXPECT_LT(lse_pooled, 0.3 * lse_dropped);
 }
 
+TEST(Plans, KeepTilesOfWhichOneValueStandsOut) {
+  Inputs inputs({});
+  adaattn_head_plan dropping = tiles(ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_FLOAT32, kNever);
+  dropping.screen = -0.5F;
+  const auto dropped = [&](std::size_t tile) {
+    const Inputs::Result got = inputs.run("cpu_adaptive", 10, true, nullptr, {dropping, dropping});
+    int count = 0;
+    for (std::size_t at = tile; at < got.classes.size(); at += 64)
+      count += static_cast<int>(got.classes[at] == ADAATTN_TILE_DROPPED);
+    return count;
+  };
+  constexpr std::size_t kTile = 9, kDim = 32;
+  const int before = dropped(kTile), neighbour = dropped(kTile + 1);
+  EXPECT_GT(before, 0);
+  for (std::size_t c = 0; c < kDim; ++c)
+    inputs.v()[(kTile * 64 + 5) * kDim + c] *= 20;  // 20 / sqrt(20^2 / 64 + 1) = 7.4
+  EXPECT_EQ(dropped(kTile), 0);
+  EXPECT_EQ(dropped(kTile + 1), neighbour);
+}
+
 // q and k of a curve in three dimensions, that a few keys can stand for.
 TEST(Plans, OfLowRankAreJudgedByTheirOwnError) {
   Inputs inputs({.queries = 512, .keys = 512});
@@ -389,6 +413,18 @@ TEST(Adaptive, RunsDenseForHeadsWithNanOrInfinity) {
   const Inputs::Result got = inputs.run("cpu_adaptive", 0.1), exact = inputs.run("cpu_flash", 0);
   EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
   for (std::size_t x = 0; x < got.out.size(); ++x) EXPECT_EQ(std::isnan(got.out[x]), std::isnan(exact.out[x])) << x;
+}
+
+TEST(Adaptive, DoesNotTrustLowPrecisionWithScoresOfHundreds) {
+  // Nearly every row is one key's, whose value a rounded score leaves alone: the trial rows show hardly an error, and
+  // the log-sum-exp shows it.
+  Inputs inputs({.data = Data::kRandom});
+  for (float& x : inputs.q()) x *= 100;
+  const Inputs::Result got = inputs.run("cpu_adaptive", 1e-2);
+  for (const adaattn_head_report& report : got.reports) {
+    EXPECT_EQ(report.plan.precision, ADAATTN_PRECISION_FLOAT32);
+    EXPECT_EQ(report.escalations, 0);
+  }
 }
 
 TEST(Adaptive, IsNotChosenForABudgetOfZero) {
@@ -478,6 +514,57 @@ TEST(Estimate, IsCarefulWhereErrorsOrNormsLieInFewRows) {
   EXPECT_FALSE(accepts(estimate_error(not_a_number, 8192, 8192), 1e9));
 }
 
+TEST(Droppable, CountsTilesBelowEveryRowsBest) {
+  constexpr std::int64_t kTokens = 1000, kDim = 32;
+  Inputs inputs({.query_heads = 2, .key_heads = 1, .queries = kTokens, .keys = kTokens, .dim = kDim});
+  std::vector<float> k = inputs.k();
+  ForwardArgs args = forward_args(
+      adaattn::view(inputs.q().data(), {1, 2, kTokens, kDim}), adaattn::view(k.data(), {1, 1, kTokens, kDim}),
+      adaattn::view(inputs.v().data(), {1, 1, kTokens, kDim}), adaattn::view(inputs.v().data(), {1, 2, kTokens, kDim}));
+  args.options.causal = 1;
+  Scratch sizes(nullptr);
+  cpu::lay_out_key_head_thread(args, sizes);
+  std::vector<double> memory(sizes.bytes() / 8 + 8);
+  const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
+  Scratch scratch(reinterpret_cast<void*>((base + 63) / 64 * 64));
+  const cpu::KeyHeadScratch thread = cpu::lay_out_key_head_thread(args, scratch);
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    const OnlyTarget only(target);
+    const auto lanes = static_cast<std::int64_t>(cpu::panel_rows());
+    const std::int64_t first = std::min(kTokens * 7 / 8, kTokens - lanes), tiles = (first + 1) / 64;
+    constexpr double kBelow = -3;
+    std::int64_t expected = 0;
+    std::vector<double> best(static_cast<std::size_t>(lanes), -INFINITY);
+    std::vector<std::vector<double>> tops(static_cast<std::size_t>(tiles), best);
+    const auto looked_at = [&](std::int64_t tile) { return tile % 3 == 0 || tile >= tiles - 4; };
+    for (std::int64_t row = 0; row < lanes; ++row)
+      for (std::int64_t key = 0; key < tiles * 64; ++key) {
+        if (!looked_at(key / 64)) continue;
+        double score = 0;
+        for (std::int64_t c = 0; c < kDim; ++c)  // of the second query head
+          score += static_cast<double>(inputs.q()[static_cast<std::size_t>((kTokens + first + row) * kDim + c)]) *
+                   k[static_cast<std::size_t>(key * kDim + c)] / std::sqrt(static_cast<double>(kDim));
+        double& top = tops[static_cast<std::size_t>(key / 64)][static_cast<std::size_t>(row)];
+        top = std::max(top, score);
+        best[static_cast<std::size_t>(row)] = std::max(best[static_cast<std::size_t>(row)], score);
+      }
+    std::int64_t count = 0;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      if (!looked_at(tile)) continue;
+      ++count;
+      bool all = true;
+      for (std::size_t row = 0; row < best.size(); ++row)
+        all = all && tops[static_cast<std::size_t>(tile)][row] < best[row] + kBelow;
+      expected += static_cast<std::int64_t>(all);
+    }
+    EXPECT_GT(expected, 0);
+    EXPECT_LT(expected, count);
+    EXPECT_DOUBLE_EQ(cpu::droppable_share(args, 0, 1, kBelow, thread),
+                     static_cast<double>(expected) / static_cast<double>(count))
+        << hwy::TargetName(target);
+  }
+}
+
 TEST(Screen, HoldsAProductOfItsRankWhole) {
   // q and k on 8 directions each: Q Kc^T has rank 8 at most, and 16 dimensions hold all of it.
   constexpr std::int64_t kTokens = 300, kDim = 40;
@@ -502,8 +589,10 @@ TEST(Screen, HoldsAProductOfItsRankWhole) {
   std::vector<double> memory(sizes.bytes() / 8 + 8);
   const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
   Scratch scratch(reinterpret_cast<void*>((base + 63) / 64 * 64));
-  const cpu::KeyHead screen = cpu::lay_out_key_head(args, parts, scratch);
-  cpu::build_key_head(args, 0, 0, cpu::lay_out_key_head_thread(args, scratch), screen);
+  cpu::KeyHead screen = cpu::lay_out_key_head(args, parts, scratch);
+  const cpu::KeyHeadScratch thread = cpu::lay_out_key_head_thread(args, scratch);
+  cpu::build_key_head(args, 0, 0, thread, screen);
+  cpu::build_screen(args, 0, 0, 0, thread, screen);
   EXPECT_TRUE(*screen.finite);
   const auto rank = static_cast<std::size_t>(*screen.rank);
   EXPECT_EQ(rank, cpu::kSmallRank) << "16 dimensions hold all";
