@@ -132,6 +132,19 @@ def test_windows(dim, left, right, sinks, bottom_right, deterministic):
     assert_right(got, reference.gradients(q, k, v, dout, seen), BF16)
 
 
+# Tiles that see sinks but no window, or fewer sinks than there are: whoever counts them wrong waits forever.
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("nq", "nk", "left", "sinks"), [(313, 180, 69, 91), (1197, 335, 251, 9), (341, 943, 78, 429), (356, 1182, 31, 313)]
+)
+def test_deterministic_windows_with_sinks(dim, nq, nk, left, sinks):
+    q, dout = (tensor(1, 2, nq, dim, dtype=BF16) for _ in range(2))
+    k, v = (tensor(1, 2, nk, dim, dtype=BF16) for _ in range(2))
+    seen = reference.visible(nq, nk, causal=True, left=left, sinks=sinks)
+    got = run(q, k, v, dout, seen=seen, deterministic=1, causal=1, window_left=left, sinks=sinks)
+    assert_right(got, reference.gradients(q, k, v, dout, seen), BF16)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("mode", ["full", "causal", "bottom_right"])
 @pytest.mark.parametrize("deterministic", [0, 1])

@@ -73,19 +73,20 @@ __device__ __forceinline__ KeyPlan plan_keys(const BackwardParams& params, int b
   return plan;
 }
 
-// How many blocks add to a tile of dQ before the one with these keys, in the order last keys first.
+// How many blocks add to a tile of dQ before the one with these keys, in the order last keys first: those after it that
+// the tile's queries see in their window or as sinks.
 template <typename Config>
 __device__ __forceinline__ int turn_of(const BackwardParams& params, const KeyPlan& plan, int query_tile) {
-  constexpr int kKeys = Config::kKeys;
-  const Visibility v = visibility_of(params, plan.key_count);
+  const auto blocks_until = [](std::int64_t key) {
+    return static_cast<int>((key + Config::kKeys - 1) / Config::kKeys);
+  };
   const int first_query = query_tile * Config::kQueries;
   const int last_query = min(first_query + Config::kQueries, params.query_count) - 1;
-  const KeyRange seen = visible_keys(v, first_query, last_query);
-  const int block = plan.first_key / kKeys, last = static_cast<int>(seen.end - 1) / kKeys;
-  const int first = static_cast<int>(seen.begin) / kKeys;
-  if (block >= first) return last - block;
-  const int sink_blocks = static_cast<int>((clamp_index(v.sinks, 0, v.key_count) + kKeys - 1) / kKeys);
-  return max(0, last + 1 - max(first, sink_blocks)) + sink_blocks - 1 - block;
+  const KeyRange seen = visible_keys(visibility_of(params, plan.key_count), first_query, last_query);
+  const int next = plan.first_key / Config::kKeys + 1, sink_end = blocks_until(seen.sink_end);
+  const int begin = max(static_cast<int>(seen.begin) / Config::kKeys, sink_end);
+  const int end = seen.begin < seen.end ? blocks_until(seen.end) : 0;
+  return max(0, end - max(begin, next)) + max(0, sink_end - next);
 }
 
 // The query tiles of a plan one after the other, head by head.
