@@ -16,8 +16,9 @@ struct Rows {
 };
 
 inline Rows rows_of(const adaattn_tensor& t, std::int64_t b, std::int64_t h, std::int64_t first_row) {
-  const std::int64_t offset = offset_of(t, b, h, first_row, 0);
-  return {.data = static_cast<const std::byte*>(t.data) + offset * dtype_size(t.dtype),
+  // An empty tensor, or one that was not given, may be NULL.
+  const std::int64_t offset = t.data != nullptr ? offset_of(t, b, h, first_row, 0) * dtype_size(t.dtype) : 0;
+  return {.data = static_cast<const std::byte*>(t.data) + offset,
           .dtype = t.dtype,
           .row_stride = t.stride[2],
           .element_stride = t.stride[3],

@@ -83,8 +83,7 @@ void measure_key_head(const adaattn_measure_args& args, std::int64_t at, const L
   const auto dim = static_cast<std::size_t>(args.k.shape[3]);
   if (asked(args, ADAATTN_STATISTIC_RANGE)) {
     layout.k[at] = moments(cpu::rows_of(args.k, b, h, 0), count, scratch);
-    layout.v[at] = args.v.data != nullptr ? moments(cpu::rows_of(args.v, b, h, 0), count, scratch)
-                                          : moments(cpu::Rows{}, 0, scratch);
+    layout.v[at] = moments(cpu::rows_of(args.v, b, h, 0), args.v.data != nullptr ? count : 0, scratch);
   }
   if (asked(args, ADAATTN_STATISTIC_SCORE_SPECTRUM))
     gram(cpu::rows_of(args.k, b, h, 0), count, /*centred=*/true, scratch,
