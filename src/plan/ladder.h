@@ -84,12 +84,13 @@ constexpr double kTightBudget = 6e-3;
 constexpr double kLeastTightlyDropped = 0.25;  // of the tiles, by a screen
 
 // The same plan, more careful, after it missed its budget; then dense in a precision that is thought good enough, and
-// in the end dense in float32.
+// in the end dense in float32. A plan without a screen does not come to need one.
 inline adaattn_head_plan more_careful(adaattn_head_plan plan, double estimate, double error, bool tight,
                                       int escalations, std::int32_t dense_precision) {
   if (tight || (plan.form == ADAATTN_DENSE && (plan.precision == dense_precision || escalations > 1)))
     return dense_plan(ADAATTN_PRECISION_FLOAT32);
-  if (plan.form != ADAATTN_TILED || escalations > 1 || !(estimate < 2 * error)) return dense_plan(dense_precision);
+  if (plan.form != ADAATTN_TILED || !is_screened(plan) || escalations > 1 || !(estimate < 2 * error))
+    return dense_plan(dense_precision);
   plan.screen -= 1.2F;
   plan.drop *= 0.3F;
   if (plan.low == 0)

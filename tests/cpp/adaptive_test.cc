@@ -316,6 +316,17 @@ TEST(Plans, AreMadeMoreCarefulUntilTheBudgetHolds) {
   }
 }
 
+TEST(Plans, WithoutAScreenNeverComeToNeedOne) {
+  Inputs inputs({.data = Data::kRandom});
+  const adaattn_head_plan low = tiles(ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_INT8, 0);
+  const Inputs::Result exact = inputs.run("cpu_flash", 0);
+  const double error = 0.8 * inputs.error_of_head(inputs.run("cpu_adaptive", 10, true, nullptr, {low, low}), exact, 0);
+  const Inputs::Result got = inputs.run("cpu_adaptive", error, true, nullptr, {low, low});
+  EXPECT_GT(got.reports[0].escalations, 0);
+  EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
+  EXPECT_LE(inputs.error_of_head(got, exact, 0), error);
+}
+
 TEST(Plans, PoolWhatTheScreenLeavesOut) {
   Inputs inputs({});
   adaattn_head_plan dropping = tiles(ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_FLOAT32, kNever), pooling = dropping;
