@@ -18,7 +18,7 @@ from adaattn.plan import FORMS, PRECISIONS
 _REPORT = np.dtype(_library.HeadReport)
 
 TILE_CLASSES = ("hidden", "dropped", "pooled", "summarised", "low", "high")
-_SUMMARISED, _SUMMARISED_LOW = 3, 6
+_SUMMARISED, _SUMMARISED_LOW = TILE_CLASSES.index("summarised"), 6  # of adaattn_tile_class
 
 
 class Attended(NamedTuple):

@@ -35,11 +35,9 @@ Parts wanted_parts(const adaattn_forward_args& args) {
   for (std::int64_t h = 0; args.plans != nullptr && h < heads; ++h) {
     const adaattn_head_plan& plan = args.plans[h];
     if (automatic(plan)) continue;
-    const auto names = [&](std::int32_t precision) {
-      return plan.precision == precision || plan.low_precision == precision;
-    };
-    parts.copies.int8 = parts.copies.int8 || names(ADAATTN_PRECISION_INT8);
-    parts.copies.bfloat16 = parts.copies.bfloat16 || names(ADAATTN_PRECISION_BFLOAT16);
+    const Copies read = copies_of(plan);
+    parts.copies.int8 = parts.copies.int8 || read.int8;
+    parts.copies.bfloat16 = parts.copies.bfloat16 || read.bfloat16;
     parts.int8_screen = paying.int8;
     parts.screen = parts.screen || is_screened(plan);
   }

@@ -106,12 +106,12 @@ HWY_NOINLINE void add_products(const BackwardPlan& plan, const BackwardScratch& 
   for_each_class_run(
       panels, queries, [](std::uint8_t c) { return c == ADAATTN_TILE_POOLED; },
       [&](std::size_t lane, std::size_t count) HWY_ATTR {
-        add_product<ALayout::kRowMajor>(kPools, tiled.pool_ds + lane, kGradientQueries, rows_from(q, lane), count,
+        add_product<ALayout::kRowMajor>(kPoolsOfTile, tiled.pool_ds + lane, kGradientQueries, rows_from(q, lane), count,
                                         tiled.pool_k_gradient, plan.width);
         add_product<ALayout::kTransposed>(count, tiled.pool_ds + lane, kGradientQueries, {tiled.pool_k, plan.width},
-                                          kPools, dq_from(lane), plan.width);
-        add_product<ALayout::kRowMajor>(kPools, tiled.pool_p + lane, kGradientQueries, rows_from(dout, lane), count,
-                                        tiled.pool_v_gradient, plan.width_v);
+                                          kPoolsOfTile, dq_from(lane), plan.width);
+        add_product<ALayout::kRowMajor>(kPoolsOfTile, tiled.pool_p + lane, kGradientQueries, rows_from(dout, lane),
+                                        count, tiled.pool_v_gradient, plan.width_v);
       });
 }
 
@@ -160,7 +160,7 @@ HWY_NOINLINE void add_tiled_block(const BackwardPlan& plan, const BackwardArrays
     panel_gradient(plan, scratch, tiled, visibility, panel, tile, classes[p]);
     if (sums.dq != nullptr) continue;
     const bool pooled = classes[p].tile_class == ADAATTN_TILE_POOLED;
-    add_score_sums((pooled ? tiled.pool_ds : scratch.ds) + lane, pooled ? kPools : tile.keys(), count,
+    add_score_sums((pooled ? tiled.pool_ds : scratch.ds) + lane, pooled ? kPoolsOfTile : tile.keys(), count,
                    sums.delta + row);
   }
   if (sums.dq != nullptr)
@@ -189,9 +189,9 @@ void find_means(const BackwardPlan& plan, const GradientTile& tile, const TiledG
   if (tile.keys() == 0) return;
   mean_rows(tile.v, 0, tile.keys(), plan.width_v, tiled.mean);
   if (tile.keys() < static_cast<std::size_t>(kClassTile)) return;  // only whole tiles are pooled
-  for (std::size_t pool = 0; pool < kPools; ++pool) {
-    mean_rows(tile.k, pool * kPoolKeys, kPoolKeys, plan.width, tiled.pool_k + pool * plan.width);
-    mean_rows(tile.v, pool * kPoolKeys, kPoolKeys, plan.width_v, tiled.pool_v + pool * plan.width_v);
+  for (std::size_t pool = 0; pool < kPoolsOfTile; ++pool) {
+    mean_rows(tile.k, pool * kPool, kPool, plan.width, tiled.pool_k + pool * plan.width);
+    mean_rows(tile.v, pool * kPool, kPool, plan.width_v, tiled.pool_v + pool * plan.width_v);
   }
 }
 
@@ -199,16 +199,16 @@ void clear_gradients(const BackwardPlan& plan, const BackwardScratch& scratch, c
   std::fill_n(scratch.dk, static_cast<std::size_t>(kClassTile) * plan.width, 0.0F);
   std::fill_n(scratch.dv, static_cast<std::size_t>(kClassTile) * plan.width_v, 0.0F);
   std::fill_n(tiled.mean_gradient, plan.width_v, 0.0F);
-  std::fill_n(tiled.pool_k_gradient, kPools * plan.width, 0.0F);
-  std::fill_n(tiled.pool_v_gradient, kPools * plan.width_v, 0.0F);
+  std::fill_n(tiled.pool_k_gradient, kPoolsOfTile * plan.width, 0.0F);
+  std::fill_n(tiled.pool_v_gradient, kPoolsOfTile * plan.width_v, 0.0F);
 }
 
 // What means were given goes to their keys.
 void spread_means(const BackwardPlan& plan, const GradientTile& tile, const BackwardScratch& scratch,
                   const TiledGradientScratch& tiled) {
-  constexpr float kShare = 1 / static_cast<float>(kPoolKeys);
+  constexpr float kShare = 1 / static_cast<float>(kPool);
   for (std::size_t key = 0; key < tile.keys(); ++key) {
-    const std::size_t pool = key / kPoolKeys;
+    const std::size_t pool = key / kPool;
     for (std::size_t c = 0; c < plan.width; ++c)
       scratch.dk[key * plan.width + c] += kShare * tiled.pool_k_gradient[pool * plan.width + c];
     for (std::size_t c = 0; c < plan.width_v; ++c)

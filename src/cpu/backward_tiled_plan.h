@@ -6,13 +6,10 @@
 
 #include "common/scratch.h"
 #include "cpu/backward_plan.h"
-#include "cpu/quantized.h"
+#include "cpu/key_head.h"
 #include "plan/head_plan.h"
 
 namespace adaattn::cpu {
-
-constexpr std::size_t kPoolKeys = 16;
-constexpr std::size_t kPools = static_cast<std::size_t>(kClassTile) / kPoolKeys;
 
 // Whether tiles of the head may be rounded, so that its output is not that of its probabilities and values.
 inline bool is_rounded(const adaattn_head_plan& plan) {
@@ -41,9 +38,9 @@ inline RoundedHeads rounded_heads(const adaattn_backward_args& args) {
 struct TiledGradientScratch {
   float *mean, *mean_gradient;      // [width_v] of a tile's v
   float* masses;                    // [kGradientQueries] mass / keys of a summarised tile
-  float *pool_k, *pool_k_gradient;  // [kPools][width]
-  float *pool_v, *pool_v_gradient;  // [kPools][width_v]
-  float *pool_p, *pool_ds;          // [kPools][kGradientQueries]
+  float *pool_k, *pool_k_gradient;  // [kPoolsOfTile][width]
+  float *pool_v, *pool_v_gradient;  // [kPoolsOfTile][width_v]
+  float *pool_p, *pool_ds;          // [kPoolsOfTile][kGradientQueries]
   // What rounded scores take:
   float* key_rows;                 // [kKeyTile][width]
   float* key_mean;                 // [width]
@@ -60,12 +57,12 @@ inline TiledGradientScratch lay_out_tiled_gradient(const BackwardPlan& plan, Scr
   return {.mean = scratch.take<float>(plan.width_v),
           .mean_gradient = scratch.take<float>(plan.width_v),
           .masses = scratch.take<float>(kGradientQueries),
-          .pool_k = scratch.take<float>(kPools * plan.width),
-          .pool_k_gradient = scratch.take<float>(kPools * plan.width),
-          .pool_v = scratch.take<float>(kPools * plan.width_v),
-          .pool_v_gradient = scratch.take<float>(kPools * plan.width_v),
-          .pool_p = scratch.take<float>(kPools * kGradientQueries),
-          .pool_ds = scratch.take<float>(kPools * kGradientQueries),
+          .pool_k = scratch.take<float>(kPoolsOfTile * plan.width),
+          .pool_k_gradient = scratch.take<float>(kPoolsOfTile * plan.width),
+          .pool_v = scratch.take<float>(kPoolsOfTile * plan.width_v),
+          .pool_v_gradient = scratch.take<float>(kPoolsOfTile * plan.width_v),
+          .pool_p = scratch.take<float>(kPoolsOfTile * kGradientQueries),
+          .pool_ds = scratch.take<float>(kPoolsOfTile * kGradientQueries),
           .key_rows = scratch.take<float>(kKeyTile * plan.width),
           .key_mean = scratch.take<float>(plan.width),
           .centred = scratch.take<float>(kTile * plan.width),

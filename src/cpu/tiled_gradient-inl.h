@@ -127,14 +127,14 @@ HWY_INLINE void pool_gradient(const BackwardPlan& plan, const BackwardScratch& s
   const FloatTag d;
   Pair top = {hn::Zero(d), hn::Zero(d)};
   StoreScores store_scores{scratch.scores, &top};
-  panel_gemm<ALayout::kRowMajor>(kPools, tiled.pool_k, plan.width, scratch.q_panels, kPanelLanes,
+  panel_gemm<ALayout::kRowMajor>(kPoolsOfTile, tiled.pool_k, plan.width, scratch.q_panels, kPanelLanes,
                                  static_cast<std::size_t>(plan.args->q.shape[3]), store_scores);
-  const FloatVector many = hn::Set(d, 4.0F);  // log2(kPoolKeys)
+  const FloatVector many = hn::Set(d, 4.0F);  // log2(kPool)
   const Pair reference = {hn::Sub(panel.reference.low, many), hn::Sub(panel.reference.high, many)};
   float* p = tiled.pool_p + panel.lane;
-  recompute_probabilities<false>(scratch.scores, kPools, reference, p, kGradientQueries);
+  recompute_probabilities<false>(scratch.scores, kPoolsOfTile, reference, p, kGradientQueries);
   StoreScoreGradient store_gradient{p, tiled.pool_ds + panel.lane, kGradientQueries, panel.delta};
-  panel_gemm<ALayout::kRowMajor>(kPools, tiled.pool_v, plan.width_v, scratch.dout_panels, kPanelLanes,
+  panel_gemm<ALayout::kRowMajor>(kPoolsOfTile, tiled.pool_v, plan.width_v, scratch.dout_panels, kPanelLanes,
                                  static_cast<std::size_t>(plan.args->v.shape[3]), store_gradient);
 }
 

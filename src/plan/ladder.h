@@ -78,8 +78,8 @@ inline Precisions precisions_for(double error, double int8_error, double bfloat1
 }
 
 // Errors of tight budgets lie in few rows: trials tell less of them, and what saves little is not worth a miss. A
-// budget is tight for a head, too, that bfloat16 alone, where it is to be had, would miss: of 93 heads of SmolLM2 that
-// were planned with bfloat16 below half of the best share at 1e-2, 28 missed.
+// budget is tight for a head, too, that bfloat16 alone, where it is to be had, would miss: of 77 heads of SmolLM2 that
+// were planned with bfloat16 below half of the best share at 1e-2, 30 missed.
 constexpr double kTightBudget = 6e-3;
 constexpr double kLeastTightlyDropped = 0.25;  // of the tiles, by a screen
 

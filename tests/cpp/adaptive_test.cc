@@ -133,6 +133,18 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
+// For a layout, aligned as a caller's workspace.
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes) : values_(bytes / 8 + 8) {}
+  void* data() const {
+    return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(values_.data()) + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<double> values_;
+};
+
 struct Variant {
   const char* name;
   Heads heads;
@@ -535,9 +547,8 @@ TEST(Droppable, CountsTilesBelowEveryRowsBest) {
   args.options.causal = 1;
   Scratch sizes(nullptr);
   cpu::lay_out_key_head_thread(args, sizes);
-  std::vector<double> memory(sizes.bytes() / 8 + 8);
-  const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
-  Scratch scratch(reinterpret_cast<void*>((base + 63) / 64 * 64));
+  const Memory memory(sizes.bytes());
+  Scratch scratch(memory.data());
   const cpu::KeyHeadScratch thread = cpu::lay_out_key_head_thread(args, scratch);
   for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
     const OnlyTarget only(target);
@@ -597,9 +608,8 @@ TEST(Screen, HoldsAProductOfItsRankWhole) {
   const cpu::Parts parts = {.screen = true, .int8_screen = false, .copies = {}};
   cpu::lay_out_key_head(args, parts, sizes);
   cpu::lay_out_key_head_thread(args, sizes);
-  std::vector<double> memory(sizes.bytes() / 8 + 8);
-  const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
-  Scratch scratch(reinterpret_cast<void*>((base + 63) / 64 * 64));
+  const Memory memory(sizes.bytes());
+  Scratch scratch(memory.data());
   cpu::KeyHead screen = cpu::lay_out_key_head(args, parts, scratch);
   const cpu::KeyHeadScratch thread = cpu::lay_out_key_head_thread(args, scratch);
   cpu::build_key_head(args, 0, 0, thread, screen);
