@@ -14,6 +14,7 @@
 #include "cpu/engine.h"
 #include "cpu/forward.h"
 #include "cpu/pilot.h"
+#include "cpu/probes.h"
 #include "cpu/tile_costs.h"
 #include "plan/ladder.h"
 
@@ -75,7 +76,7 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
     const Coreset coreset = lay_out_coreset(args, engine.coreset_keys, scratch);
     if (engine.coresets != nullptr) engine.coresets[i] = coreset;
   }
-  engine.probes = scratch.take<float>(heads * kProbeRows * dv);
+  engine.probes = scratch.take<float>(heads * kProbeSets * kProbeRows * dv);
   engine.scratch = scratch.take<ThreadScratch>(threads);
   for (std::int64_t i = 0; i < engine.wave; ++i) {
     const KeyHead keys = lay_out_key_head(args, engine.parts, scratch);
@@ -145,7 +146,7 @@ void attend(const Engine& engine) {
 }
 
 void verify(const Engine& engine) {
-  for_all(engine, engine.wave_heads, [&](std::int64_t h, int) {
+  for_all(engine, engine.wave_heads, [&](std::int64_t h, int thread) {
     HeadState& state = engine.states[h];
     if (state.done) return;
     if (is_dense_float32(state.plan)) {
@@ -162,7 +163,7 @@ void verify(const Engine& engine) {
     state.work += state.plan.form == ADAATTN_LOW_RANK
                       ? low_rank_share(head_of(*engine.args, engine.head(h)), state.plan.rank)
                       : cost_share(state.counts, state.plan, engine.work_of(h));
-    state.estimate = probe_error(engine, h);
+    state.estimate = probe_error(engine, h, thread);
     state.done = accepts(state.estimate, error) && state.failed == 0;
     if (state.done) return;
     ++state.escalations;

@@ -35,6 +35,7 @@ struct HeadState {
   double work;  // share of dense attention's multiply-adds so far
   int escalations;
   std::int32_t dense_precision;  // the fastest that was accepted on trial rows, short of the plan's own
+  int probe_sets;                // of rows that were run exactly to judge the output
   std::int64_t failed;           // rows that a coreset gave no sound result for
   bool tight;                    // whether its budget is (plan/ladder.h)
   // While it is planned:
@@ -67,7 +68,7 @@ struct Engine {
   std::size_t coreset_keys;  // at most, of a low-rank head; 0: no head may be one
   Coreset* coresets;         // [wave * group] of low-rank heads
   HeadState* states;         // [wave * group]
-  float* probes;             // [wave * group][kProbeRows][Dv] exact rows, evenly spaced
+  float* probes;             // [wave * group][kProbeSets][kProbeRows][Dv] exact rows, evenly spaced
   ThreadScratch* scratch;    // [threads]
 
   std::int64_t head(std::int64_t index) const { return first * group + index; }  // of the call, by index in the wave
@@ -79,7 +80,9 @@ struct Engine {
     return costs;
   }
   bool long_enough() const { return std::min(args->q.shape[2], args->k.shape[2]) >= kLeastTiled; }
-  float* probes_of(std::int64_t index) const { return probes + index * kProbeRows * args->v.shape[3]; }
+  float* probes_of(std::int64_t index, int set) const {
+    return probes + (index * kProbeSets + set) * kProbeRows * args->v.shape[3];
+  }
 };
 
 // body(index, thread) for all indices, in any order.

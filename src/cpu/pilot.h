@@ -9,7 +9,4 @@ namespace adaattn::cpu {
 // Heads that are not dense in float32 get their exact probe rows.
 void plan_heads(const Engine& engine);
 
-// The error of a head's output from its probe rows, less what rounding to the output's dtype put there.
-ErrorEstimate probe_error(const Engine& engine, std::int64_t index);
-
 }  // namespace adaattn::cpu

@@ -74,6 +74,7 @@ inline double cost_share(const TileCounts& tiles, const adaattn_head_plan& plan,
   return sum / (count(tiles.visible) * (costs.scores[0] + costs.values[0]));
 }
 
-constexpr int kProbeRows = 128;  // evenly spaced rows that tell a head's error, at most
+constexpr int kProbeRows = 128;  // evenly spaced rows that tell a head's error, at most,
+constexpr int kProbeSets = 2;    // and so many times as many where that does not decide
 
 }  // namespace adaattn

@@ -48,6 +48,11 @@ inline ErrorEstimate estimate_error(const ProbeSums& s, double head_rows, double
   return estimate;  // NaN where a row is
 }
 
+// Whether a limit over the budget may come below it with twice the rows: a standard error falls by the root of 2.
+inline bool promises(const ErrorEstimate& estimate, double error) {
+  return estimate.value + (estimate.limit - estimate.value) * 0.75 <= error;
+}
+
 inline bool accepts(const ErrorEstimate& estimate, double error) { return estimate.limit <= error; }  // not NaN
 
 }  // namespace adaattn

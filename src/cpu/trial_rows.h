@@ -1,0 +1,51 @@
+// Some rows of a head, run exactly and by a plan: what its error is judged by.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/engine.h"
+
+namespace adaattn::cpu {
+
+// count rows of a head from first on, step apart.
+struct RowSet {
+  std::int64_t first, step, count;
+};
+
+// Evenly spaced, an odd number of rows apart: they then stand at every place of a panel, and a row at its edge errs
+// differently from one in its middle.
+RowSet spaced_rows(const Engine& engine, std::int64_t count);
+
+// A panel in the middle of one of kPilotPanels equal parts of the sequence.
+RowSet pilot_rows(const Engine& engine, std::int64_t panel);
+
+// Of one head and thread. Results lie in the thread's scratch; the work is added to the head's.
+class TrialRows {
+ public:
+  TrialRows(const Engine& engine, std::int64_t index, int thread);
+
+  void run_exactly(const RowSet& set, float* out, float* lse = nullptr);
+  TileCounts run_by(const adaattn_head_plan& plan, const RowSet& set, float* out, float* lse = nullptr);
+
+ protected:
+  // Rows of scratch.tried against those of scratch.exact.
+  ProbeSums sums_of(std::int64_t first, std::int64_t count) const;
+  ErrorEstimate estimate(std::int64_t rows) const;
+  double compare(std::int64_t rows) const { return estimate(rows).value; }
+
+  // Of the scores that lead their rows, root mean square: where one key has all of a row its log-sum-exp errs as its
+  // score does, however little the output shows of it.
+  double score_error(std::int64_t rows) const;
+
+  double share(std::int64_t rows) const {
+    return static_cast<double>(rows) / static_cast<double>(engine_.args->q.shape[2]);
+  }
+
+  const Engine& engine_;
+  std::int64_t index_;
+  HeadState& state_;
+  const ThreadScratch& scratch_;
+  adaattn_forward_args head_;
+};
+
+}  // namespace adaattn::cpu
