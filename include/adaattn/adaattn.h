@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Changes when a struct below changes layout or meaning; adaattn_abi_version() is what the library was built with. */
-#define ADAATTN_ABI_VERSION 2
+#define ADAATTN_ABI_VERSION 3
 
 typedef enum adaattn_status {
   ADAATTN_OK = 0,
@@ -137,7 +137,14 @@ typedef struct adaattn_head_report {
   int64_t summarised_tiles;
   int64_t pooled_tiles;
   int64_t dropped_tiles;
-  int64_t saturated; /* elements of q, k and v that an 8-bit cast clipped */
+  int64_t saturated;      /* elements of q, k and v that an 8-bit cast clipped */
+  double summarised_mass; /* mean over the rows of what the arguments of the forward pass call so; NaN: not asked for,
+                             or not known (low-rank heads) */
+  double omitted_mass;    /* likewise */
+  double accounted_error; /* estimated relative Frobenius error by summaries and dropped tiles alone, rounding and
+                             pooled tiles not counted: from summarised tiles' true p v, and masses and mean v of dropped
+                             ones. NaN: neither mass was asked for, or not known (low-rank heads; bounded ones have
+                             error_bound) */
 } adaattn_head_report;
 
 /* Wall time of a call's stages, in seconds. Calls that run no stages (exact ones) count as attend. */
@@ -166,6 +173,11 @@ typedef struct adaattn_forward_args {
   uint8_t* tile_classes;          /* [B, Hq, ceil(Nq / P), ceil(Nk / 64)] contiguous, P = adaattn_panel_rows():
                                      adaattn_tile_class of each tile, for adaattn_backward; written; or NULL */
   adaattn_stage_times* times;     /* written; or NULL */
+  float* summarised_mass; /* [B, Hq, Nq] contiguous, share of the row's softmax in tiles that means of v stand for:
+                             summarised ones, and pooled ones as their pools have it; or NULL. CPU tensors only, as the
+                             next; asking costs what the summaries save. 0 for exact kernels, NaN for low-rank heads */
+  float* omitted_mass;    /* [B, Hq, Nq] contiguous, share of the row's softmax in dropped tiles, an estimate from the
+                             scores of the screen: they were not scored otherwise; or NULL. 0 and NaN likewise */
 } adaattn_forward_args;
 
 /* Backward pass from a given out and lse (they need not come from this library). Gradients are written, not added. */

@@ -49,15 +49,17 @@ def forward(
     plans: int = 0,
     times: int = 0,
     tile_classes: int = 0,
+    summarised_mass: int = 0,
+    omitted_mass: int = 0,
 ) -> None:
-    """adaattn_forward with a workspace of its own; lse to key_lengths and heads to tile_classes: addresses, or 0."""
+    """adaattn_forward with a workspace of its own; lse to key_lengths and heads to omitted_mass: addresses, or 0."""
     library = _library.library()
     args = _library.ForwardArgs()
     name = _kernel_name(options)
     _FORWARD.pack_into(
         args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, lse, entropy, max_probability, key_lengths,
         *flat(options, addressof(name) if name else 0, execution.num_threads, execution.deterministic),
-        0, 0, execution.stream, heads, plans, tile_classes, times,
+        0, 0, execution.stream, heads, plans, tile_classes, times, summarised_mass, omitted_mass,
     )  # fmt: skip
     pointer = byref(args)
     needed = ctypes.c_size_t()
@@ -113,7 +115,7 @@ def reference_forward(
     """adaattn_reference_forward; out and lse are addresses of contiguous FP64 memory."""
     args = _library.ForwardArgs()
     _FORWARD.pack_into(
-        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), 0, 0, 0, 0, 0, 0, 0
+        args, 0, *q, *k, *v, *(mask or NO_VIEW), *NO_VIEW, 0, 0, 0, key_lengths, *flat(options), *[0] * 9
     )
     _library.check(_library.library().adaattn_reference_forward(byref(args), out, lse))
 
@@ -206,7 +208,7 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
         wanted = 64 if statistics else 0  # only NULL or not is looked at
         _FORWARD.pack_into(
             args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 0,
-            *flat(options, addressof(name) if name else 0), 0, 0, 0, 0, 0, 0, 0,
+            *flat(options, addressof(name) if name else 0), *[0] * 9,
         )  # fmt: skip
         pointer = byref(args)
     needed = ctypes.c_size_t()

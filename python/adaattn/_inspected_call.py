@@ -31,6 +31,9 @@ class Attended(NamedTuple):
     """(B, Hq, panels, tiles), indices into TILE_CLASSES: adaattn_tile_class, summarised in either precision as one."""
     seconds: dict[str, float]
     kernel: str
+    summarised_mass: npt.NDArray[np.float32]
+    """(B, Hq, Nq), by row; as in the reports, where they are means."""
+    omitted_mass: npt.NDArray[np.float32]
 
     @property
     def forms(self) -> npt.NDArray[np.str_]:
@@ -61,13 +64,15 @@ def attend(
     panels, columns = -(-q.shape[2] // panel_rows()), -(-k.shape[2] // TILE_KEYS)
     tiles = np.zeros((*q.shape[:2], panels, columns), np.uint8) if with_tiles else None
     times = _library.StageTimes()
+    masses = [np.zeros(q.shape[:3], np.float32) for _ in range(2)]
     views = problem.q, problem.k, problem.v, problem.mask, contiguous_view(out)
     ran: str = json.loads(_calls.describe(views, False, options))["chosen"]
     _calls.forward(
         *views, 0, 0, 0, 0, options, _calls.Execution(_numpy_calls._Workspace()), int(heads.ctypes.data), 0,
         ctypes.addressof(times), 0 if tiles is None else int(tiles.ctypes.data),
+        *(int(rows.ctypes.data) for rows in masses),
     )  # fmt: skip
     if tiles is not None:
         tiles[tiles == _SUMMARISED_LOW] = _SUMMARISED
     seconds = {name: float(getattr(times, name)) for name, *_ in _library.StageTimes._fields_}
-    return Attended(out, heads, tiles, seconds, ran)
+    return Attended(out, heads, tiles, seconds, ran, *masses)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 FLOAT32, FLOAT16, BFLOAT16, BOOL = range(4)
 CPU, CUDA = range(2)
@@ -64,6 +64,8 @@ class ForwardArgs(ctypes.Structure):
         ("plans", ctypes.c_void_p),
         ("tile_classes", ctypes.c_void_p),
         ("times", ctypes.c_void_p),
+        ("summarised_mass", ctypes.c_void_p),
+        ("omitted_mass", ctypes.c_void_p),
     )
 
 
@@ -96,6 +98,9 @@ class HeadReport(ctypes.Structure):
         ("pooled_tiles", ctypes.c_int64),
         ("dropped_tiles", ctypes.c_int64),
         ("saturated", ctypes.c_int64),
+        ("summarised_mass", ctypes.c_double),
+        ("omitted_mass", ctypes.c_double),
+        ("accounted_error", ctypes.c_double),
     )
 
 

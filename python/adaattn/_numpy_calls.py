@@ -76,8 +76,8 @@ def _run(
     problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
     plans = None if plan is None else plan.records(*q.shape[:2])
     out = np.empty(problem.out_shape, q.dtype)
-    rows = [np.empty(q.shape[:3], np.float32) for _ in range(3 if statistics else 1)]
-    lse, entropy, max_probability = (*(int(row.ctypes.data) for row in rows), 0, 0)[:3]
+    rows = [np.empty(q.shape[:3], np.float32) for _ in range(5 if statistics else 1)]  # the masses are in the reports
+    lse, entropy, max_probability, *masses = (*(int(row.ctypes.data) for row in rows), 0, 0, 0, 0)[:5]
     reports = (np.zeros((*q.shape[:2], HEAD_REPORT_WORDS), np.int64), np.zeros(STAGES)) if report else ()
     heads, times = (*(int(array.ctypes.data) for array in reports), 0, 0)[:2]
     _calls.forward(
@@ -95,8 +95,10 @@ def _run(
         heads,
         0 if plans is None else int(plans.ctypes.data),
         times,
+        0,
+        *masses,
     )
-    return (out, rows[0], *reports, *rows[1:])
+    return (out, rows[0], *reports, *rows[1:3])
 
 
 def effective(options: CallOptions, *_: Any) -> CallOptions:

@@ -57,6 +57,13 @@ class Layer:
     """The library's own estimate of the relative Frobenius error; 0 for dense float32 heads."""
     error_bound: Floats
     """inf where none is known."""
+    accounted_error: Floats
+    """Estimated relative Frobenius error by summaries and dropped tiles alone; nan where it is not known: low-rank and
+    bounded heads."""
+    summarised_mass: Floats
+    """Share of the softmax in tiles that means of v stand for, mean over the rows; nan for low-rank heads."""
+    omitted_mass: Floats
+    """Share of the softmax in dropped tiles, as the screen estimates it, mean over the rows; nan for low-rank heads."""
     true_error: Floats | None
     """Relative Frobenius error against the truth that was asked for."""
     work: Floats
@@ -275,6 +282,9 @@ def _layer(
         escalations=reports["escalations"].copy(),
         estimated_error=reports["estimated_error"].copy(),
         error_bound=reports["error_bound"].copy(),
+        accounted_error=reports["accounted_error"].copy(),
+        summarised_mass=reports["summarised_mass"].copy(),
+        omitted_mass=reports["omitted_mass"].copy(),
         true_error=true_error,
         work=reports["work"].copy(),
         tile_shares=shares,

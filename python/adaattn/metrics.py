@@ -50,6 +50,15 @@ class HeadReports:
     """Left out without being scored, with nothing in their place."""
     saturated: npt.NDArray[np.int64]
     """Elements of q, k and v that an 8-bit cast clipped."""
+    summarised_mass: npt.NDArray[np.float64]
+    """Share of the softmax in tiles that means of v stand for, mean over the rows; nan if it was not asked for (on
+    GPUs, or without statistics) or is not known (low-rank heads)."""
+    omitted_mass: npt.NDArray[np.float64]
+    """Share of the softmax in dropped tiles, mean over the rows: an estimate from the scores that the screen gave them;
+    nan likewise."""
+    accounted_error: npt.NDArray[np.float64]
+    """Estimated relative Frobenius error by summaries and dropped tiles alone, from their masses and means: rounding
+    and pooled tiles are not counted. nan likewise, and for bounded heads, which have error_bound."""
 
     @classmethod
     def from_words(cls, words: Any) -> HeadReports:
@@ -77,11 +86,12 @@ class HeadReports:
         return tuple(name for name in PRECISIONS if name in high | low)
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists [batch][head] by name, those of the plan beside the others (its form is "forms"); bounds of inf and
-        thresholds of -inf are None, which JSON can say."""
+        """Lists [batch][head] by name, those of the plan beside the others (its form is "forms"); bounds of inf,
+        thresholds of -inf and nan are None, which JSON can say."""
         plan = self.plan.to_dict()
         lists = {field.name: getattr(self, field.name).tolist() for field in fields(self)[1:]}
-        lists["error_bound"] = [[x if math.isfinite(x) else None for x in row] for row in lists["error_bound"]]
+        for name in ("error_bound", "summarised_mass", "omitted_mass", "accounted_error"):
+            lists[name] = [[x if math.isfinite(x) else None for x in row] for row in lists[name]]
         return {"forms": plan.pop("form"), **lists, **plan}
 
 

@@ -50,15 +50,15 @@ class _Map:
 
 
 def heat_maps(layers: Sequence[Layer], title: str, error: float, path: Path) -> None:
-    """Draws form, work, error, entropy and effective ranks of every layer and head into a PNG file."""
+    """Draws form, work, errors, masses, entropy and effective ranks of every layer and head into a PNG file."""
     from matplotlib.figure import Figure
 
     maps = _maps(layers, error)
     rows, heads = len(layers), max(len(layer.forms) for layer in layers)
     width, height = 1.9 + 0.24 * max(heads, 8), 1.5 + 0.19 * max(rows, 8)
     columns = 3
-    figure = Figure(figsize=(columns * width, 2 * height + 0.5), dpi=130, layout="constrained")
-    axes = figure.subplots(2, columns).ravel()
+    figure = Figure(figsize=(columns * width, 3 * height + 0.5), dpi=130, layout="constrained")
+    axes = figure.subplots(3, columns).ravel()
     _draw_forms(figure, axes[0], layers, heads)
     for axis, one in zip(axes[1:], maps, strict=True):
         _draw_map(figure, axis, one)
@@ -118,6 +118,14 @@ def _maps(layers: Sequence[Layer], error: float) -> list[_Map]:
     return [
         _Map("work", "over dense attention", _grid([layer.work for layer in layers]), centred=True),
         error_map,
+        _Map(
+            "accounted error",
+            unit,
+            _grid([layer.accounted_error for layer in layers]) / (error or 1),
+            centred=error > 0,
+        ),
+        _Map("summarised mass", "of the softmax, mean over rows", _grid([layer.summarised_mass for layer in layers])),
+        _Map("omitted mass", "of the softmax, estimated", _grid([layer.omitted_mass for layer in layers])),
         _Map("entropy", "nats, mean over sampled rows", _grid([layer.entropy for layer in layers])),
         _Map("softmax: effective rank", "for 95 % of the sampled rows' energy", ranks, 1, logarithmic=True),
         _Map("scores: effective rank", "for 95 % of the energy of q kᵀ", score_ranks, 1),

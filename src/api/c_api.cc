@@ -58,11 +58,17 @@ void report_dense(const adaattn_forward_args& args) {
   dense.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
   dense.error_bound = std::numeric_limits<double>::infinity();
   dense.work = 1;
+  const double unasked = std::numeric_limits<double>::quiet_NaN();
+  dense.summarised_mass = args.summarised_mass != nullptr ? 0 : unasked;
+  dense.omitted_mass = args.omitted_mass != nullptr ? 0 : unasked;
+  dense.accounted_error = args.summarised_mass != nullptr || args.omitted_mass != nullptr ? 0 : unasked;
   const std::int64_t heads = args.q.shape[0] * args.q.shape[1];
   if (args.heads != nullptr) std::fill_n(args.heads, heads, dense);
   if (args.tile_classes != nullptr)
     std::fill_n(args.tile_classes, heads * cpu::tile_class_count(args), std::uint8_t{ADAATTN_TILE_HIGH});
   if (args.times != nullptr) *args.times = {};
+  for (float* masses : {args.summarised_mass, args.omitted_mass})
+    if (masses != nullptr) std::fill_n(masses, heads * args.q.shape[2], 0.0F);
 }
 void report_dense(const adaattn_backward_args&) {}
 

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "cpu/engine.h"
 #include "cpu/forward.h"
@@ -76,6 +77,8 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
     const Coreset coreset = lay_out_coreset(args, engine.coreset_keys, scratch);
     if (engine.coresets != nullptr) engine.coresets[i] = coreset;
   }
+  const std::int64_t blocks = row_blocks(args, engine.threads);
+  if (asks_for_masses(args)) engine.accounts = scratch.take<Account>(heads * static_cast<std::size_t>(blocks));
   engine.probes = scratch.take<float>(heads * kProbeSets * kProbeRows * dv);
   engine.scratch = scratch.take<ThreadScratch>(threads);
   for (std::int64_t i = 0; i < engine.wave; ++i) {
@@ -112,7 +115,8 @@ void attend_low_rank(const Engine& engine, std::int64_t index, const adaattn_for
                      std::int64_t count, const ThreadScratch& scratch) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   if (head.entropy != nullptr) std::fill_n(head.entropy + first, count, nan);
-  if (head.max_probability != nullptr) std::fill_n(head.max_probability + first, count, nan);
+  for (float* statistic : {head.max_probability, head.summarised_mass, head.omitted_mass})
+    if (statistic != nullptr) std::fill_n(statistic + first, count, nan);
   const std::int64_t failed =
       attend_coreset(rows_of(head.q, 0, 0, first), count, make_forward_plan(head, 1).scale, engine.coresets[index],
                      scratch.coreset, rows_of(head.out, 0, 0, first), head.lse != nullptr ? head.lse + first : nullptr);
@@ -138,8 +142,10 @@ void attend(const Engine& engine) {
     }
     if (is_dense_float32(state.plan)) return run_forward_task(plan, i % shape.blocks, scratch.forward);
     TileCounts counts;
+    Account* account = engine.accounts != nullptr ? engine.accounts + i : nullptr;
+    if (account != nullptr) *account = {};
     run_tiled_task(plan, i % shape.blocks, engine.keys_of(i / shape.blocks), state.plan, scratch.forward, scratch.tiled,
-                   counts);
+                   counts, account);
 #pragma omp critical(adaattn_attend)
     state.counts = add(state.counts, counts);
   });
@@ -155,6 +161,9 @@ void verify(const Engine& engine) {
       if (engine.args->tile_classes != nullptr)  // an earlier plan's may be there
         std::fill_n(head_of(*engine.args, engine.head(h)).tile_classes, tile_class_count(*engine.args),
                     std::uint8_t{ADAATTN_TILE_HIGH});
+      const adaattn_forward_args head = head_of(*engine.args, engine.head(h));
+      for (float* masses : {head.summarised_mass, head.omitted_mass})
+        if (masses != nullptr) std::fill_n(masses, head.q.shape[2], 0.0F);
       state.estimate = {};
       state.counts = {};
       return;
@@ -173,6 +182,29 @@ void verify(const Engine& engine) {
   });
 }
 
+double mean_of(const float* rows, std::int64_t count) {
+  return rows != nullptr ? std::accumulate(rows, rows + count, 0.0) / static_cast<double>(count)
+                         : std::numeric_limits<double>::quiet_NaN();
+}
+
+void report_masses(const Engine& engine, std::int64_t index, adaattn_head_report& to) {
+  const adaattn_forward_args head = head_of(*engine.args, engine.head(index));
+  to.summarised_mass = mean_of(head.summarised_mass, head.q.shape[2]);
+  to.omitted_mass = mean_of(head.omitted_mass, head.q.shape[2]);
+  const adaattn_head_plan& plan = engine.states[index].plan;
+  to.accounted_error = std::numeric_limits<double>::quiet_NaN();
+  if (engine.accounts == nullptr || plan.form == ADAATTN_LOW_RANK) return;
+  to.accounted_error = 0;
+  if (is_dense_float32(plan)) return;
+  const std::int64_t blocks = row_blocks(*engine.args, engine.threads);
+  Account sum;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const Account& of = engine.accounts[index * blocks + block];
+    sum = {sum.error + of.error, sum.norm + of.norm};
+  }
+  if (sum.error > 0) to.accounted_error = std::sqrt(sum.error / sum.norm);
+}
+
 void report(const Engine& engine) {
   for (std::int64_t h = 0; h < engine.wave_heads && engine.args->heads != nullptr; ++h) {
     const HeadState& state = engine.states[h];
@@ -182,6 +214,7 @@ void report(const Engine& engine) {
     to.estimated_error = state.estimate.value;
     to.estimated_limit = state.estimate.limit;
     to.work = state.work;
+    report_masses(engine, h, to);
     if (state.plan.form != ADAATTN_TILED) continue;
     to.tiles = state.counts.visible;
     to.high_tiles = state.counts.high;

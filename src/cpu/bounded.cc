@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 
 #include "common/error.h"
 #include "common/tensor.h"
@@ -185,7 +186,7 @@ BlockBound try_panel(const Engine& engine, std::int64_t index, const ThreadScrat
   const std::int64_t first = (2 * panel + 1) * (nq / kPilotQueries) / (2 * kPilotPanels) * kPilotQueries;
   args.q.data = static_cast<std::byte*>(args.q.data) + offset_of(args.q, 0, 0, first, 0) * dtype_size(args.q.dtype);
   args.q.shape[2] = kPilotQueries;
-  args.lse = args.entropy = args.max_probability = nullptr;
+  args.lse = args.entropy = args.max_probability = args.summarised_mass = args.omitted_mass = nullptr;
   args.out = {.data = engine.pilot_out + index * kPilotQueries * dv,
               .dtype = ADAATTN_FLOAT32,
               .device = ADAATTN_CPU,
@@ -378,6 +379,18 @@ void fill_dense_classes(const Engine& engine, std::int64_t head) {
   }
 }
 
+double mean_of(const float* rows, std::int64_t count) {
+  return rows != nullptr ? std::accumulate(rows, rows + count, 0.0) / static_cast<double>(count)
+                         : std::numeric_limits<double>::quiet_NaN();
+}
+
+// Dense heads may have been tiled before.
+void clear_masses(const Engine& engine, std::int64_t head) {
+  const adaattn_forward_args one = head_problem(*engine.args, head);
+  for (float* masses : {one.summarised_mass, one.omitted_mass})
+    if (masses != nullptr) std::fill_n(masses, one.q.shape[2], 0.0F);
+}
+
 void report(const Engine& engine) {
   const adaattn_forward_args& args = *engine.args;
   for (std::int64_t h = 0; h < engine.heads; ++h) {
@@ -392,11 +405,16 @@ void report(const Engine& engine) {
                    .screen = -std::numeric_limits<float>::infinity(),
                    .low = -std::numeric_limits<float>::infinity(),
                    .drop = 0};
+    const adaattn_forward_args one = head_problem(args, h);
+    const bool asked = asks_for_masses(args), tiled = state.form == ADAATTN_TILED;
+    report.summarised_mass = mean_of(one.summarised_mass, args.q.shape[2]);
+    report.omitted_mass = mean_of(one.omitted_mass, args.q.shape[2]);
+    report.accounted_error = asked && !tiled ? 0 : std::numeric_limits<double>::quiet_NaN();
     report.escalations = state.escalations;
     report.error_bound = state.bound;
     report.work = state.work;
-    if (state.form == ADAATTN_DENSE) {
-      if (!state.exact) report.work += 1;
+    if (!tiled) {
+      report.work += 1;  // in float32; FP64, if it came to that, is counted already
       continue;
     }
     report.work += tile_work(args, state.total);
@@ -431,6 +449,8 @@ void bounded(const adaattn_forward_args& args) {
   if (args.times != nullptr) *args.times = times;
   for (std::int64_t h = 0; h < engine.heads && args.tile_classes != nullptr; ++h)
     if (engine.states[h].form == ADAATTN_DENSE) fill_dense_classes(engine, h);
+  for (std::int64_t h = 0; h < engine.heads && asks_for_masses(args); ++h)
+    if (engine.states[h].form == ADAATTN_DENSE) clear_masses(engine, h);
   if (args.heads != nullptr) report(engine);
 }
 

@@ -266,6 +266,22 @@ HWY_NOINLINE void add_summaries(const Block& block, std::size_t index, const Pan
   if (count > 0) flush();
 }
 
+// Shares of the rows' sums that summarised tiles have; nothing is omitted.
+void write_masses(const Block& block, std::size_t index, const Panel& panel) {
+  const adaattn_forward_args& args = *block.plan->args;
+  const auto rows = static_cast<std::size_t>(panel.rows.count);
+  if (args.omitted_mass != nullptr) std::fill_n(args.omitted_mass + panel.rows.first, rows, 0.0F);
+  if (args.summarised_mass == nullptr) return;
+  const RowFactors factors = row_factors(panel);
+  for (std::size_t lane = 0; lane < rows; ++lane) {
+    double sum = 0;
+    for (std::size_t tile = 0; tile < block.tiles; ++tile)
+      if (block.classes(index)[tile] == ADAATTN_TILE_SUMMARISED) sum += block.masses(index, tile)[lane];
+    args.summarised_mass[panel.rows.first + static_cast<std::int64_t>(lane)] =
+        static_cast<float>(sum * factors.inverse[lane]);
+  }
+}
+
 double row_rounding(const adaattn_forward_args& args, const KeySizes& sizes, double query_size, double largest) {
   return rounding_bound(query_size * sizes.key, 1 - largest, sizes.value, static_cast<double>(args.q.shape[3]),
                         static_cast<double>(kKeyTile), kFloat32Unit);
@@ -313,6 +329,7 @@ void weigh_and_add(const Block& block, double allowed, std::uint8_t* classes, Bl
     total.summarised +=
         choose_tiles(block, p, panel, allowed * static_cast<double>(seen), row_errors + p * kPanelLanes);
     add_summaries(block, p, panel);
+    write_masses(block, p, panel);
     if (classes == nullptr) continue;
     std::uint8_t* to =
         classes + static_cast<std::size_t>(panel.rows.first) / kPanelLanes * bound_tiles(*block.plan->args);

@@ -68,6 +68,7 @@ struct Engine {
   std::size_t coreset_keys;  // at most, of a low-rank head; 0: no head may be one
   Coreset* coresets;         // [wave * group] of low-rank heads
   HeadState* states;         // [wave * group]
+  Account* accounts;         // [wave * group][blocks of rows], or NULL if no masses are asked for
   float* probes;             // [wave * group][kProbeSets][kProbeRows][Dv] exact rows, evenly spaced
   ThreadScratch* scratch;    // [threads]
 
@@ -99,6 +100,13 @@ inline adaattn_forward_args head_of(const adaattn_forward_args& args, std::int64
   return one;
 }
 
+// Blocks of rows that a head is cut into, so that few heads keep all threads busy, too.
+inline std::int64_t row_blocks(const adaattn_forward_args& args, int threads) {
+  adaattn_forward_args one = args;
+  one.q.shape[0] = one.q.shape[1] = one.k.shape[1] = 1;
+  return make_forward_plan(one, threads).blocks;
+}
+
 // count rows from first on, step apart, with the output as float32 in out [count][Dv], the log-sum-exp in lse [count]
 // unless NULL, and no other results.
 struct RowsProblem {
@@ -118,7 +126,7 @@ struct RowsProblem {
                 .shape = {1, 1, count, dv},
                 .stride = {0, 0, dv, 1}};
     args.lse = lse;
-    args.entropy = args.max_probability = nullptr;
+    args.entropy = args.max_probability = args.summarised_mass = args.omitted_mass = nullptr;
     args.tile_classes = nullptr;
     plan = make_forward_plan(args, 1);
     plan.args = &args;

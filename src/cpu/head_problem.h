@@ -25,6 +25,8 @@ inline adaattn_forward_args head_problem(const adaattn_forward_args& args, std::
   if (args.lse != nullptr) one.lse = args.lse + row;
   if (args.entropy != nullptr) one.entropy = args.entropy + row;
   if (args.max_probability != nullptr) one.max_probability = args.max_probability + row;
+  if (args.summarised_mass != nullptr) one.summarised_mass = args.summarised_mass + row;
+  if (args.omitted_mass != nullptr) one.omitted_mass = args.omitted_mass + row;
   if (args.key_lengths != nullptr) one.key_lengths = args.key_lengths + b;
   return one;
 }

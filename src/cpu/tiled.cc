@@ -18,6 +18,7 @@
 #include "cpu/screen_panel-inl.h"
 #include "cpu/simd/micro_gemm-inl.h"
 #include "cpu/simd/rows-inl.h"
+#include "cpu/tile_account-inl.h"
 #include "cpu/tile_products-inl.h"
 #include "cpu/tile_scores-inl.h"
 
@@ -146,9 +147,11 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
   const FloatVector low = follow_reference(state.reference, state.top, top.low, moved);
   const FloatVector high = follow_reference(state.reference + kVectorLanes, state.top + kVectorLanes, top.high, moved);
   std::size_t& listed = block.listed[index];
+  const bool accounted = asks_for_masses(*plan.args);
   if (moved) {
     rescale(panel, dv, old_reference, {low, high});
     scale_rows(block.masses(index), listed, {low, high});
+    if (accounted) rescale_account(account_of(tiled, index, dv), dv, {low, high});
   }
   Pair moment;
   Pair* wanted = plan.args->entropy != nullptr ? &moment : nullptr;
@@ -188,6 +191,12 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
     tile_class = static_cast<std::uint8_t>(is_low ? ADAATTN_TILE_SUMMARISED_LOW : ADAATTN_TILE_SUMMARISED);
     ++counts.summarised;
     counts.summarised_low += static_cast<std::int64_t>(is_low);
+    if (!accounted) return;
+    if (precision == ADAATTN_PRECISION_INT8 || precision == ADAATTN_PRECISION_BFLOAT16)
+      masses(false, scratch.scores, count, reference, KeepFloat{scratch.scores}, nullptr);
+    else if (precision == ADAATTN_PRECISION_FLOAT8)
+      scale_rows(scratch.scores, count, scale.factor);
+    add_summarised_values(account_of(tiled, index, dv), tile.v.data, tile.v.ld, dv, scratch.scores, count);
     return;
   }
   ++(is_low ? counts.low : counts.high);
@@ -236,9 +245,11 @@ HWY_NOINLINE void add_pools(const ForwardPlan& plan, const ForwardScratch& scrat
     if (moved) {
       rescale(panel, dv, old_reference, {low, high});
       scale_rows(block.masses(index), block.listed[index], {low, high});
+      if (asks_for_masses(*plan.args)) rescale_account(account_of(tiled, index, dv), dv, {low, high});
     }
     const Pair mass =
         tile_mass<false>(scratch.scores, count, load_pair(state.reference), KeepFloat{scratch.scores}, nullptr);
+    if (asks_for_masses(*plan.args)) AddRows{account_of(tiled, index, dv).pooled}(0, mass.low, mass.high);
     const AddCompensated add_sum{state.sum, state.compensation};
     add_sum.add(0, mass.low);
     add_sum.add(kVectorLanes, mass.high);
@@ -283,12 +294,14 @@ BlockTiles class_block(const ForwardPlan& plan, const Visibility& visibility, co
   return block;
 }
 
-// Whether some panel has the tile in a precision that reads q, k and v as they are.
-bool reads_float(const BlockTiles& block, std::size_t tile, const adaattn_head_plan& rule) {
+// Whether some panel reads q, k and v of the tile as they are: by its precision, or for the account of a summary.
+bool reads_float(const ForwardPlan& plan, const BlockTiles& block, std::size_t tile, const adaattn_head_plan& rule) {
   for (std::size_t p = 0; p < block.panels; ++p) {
     const std::uint8_t c = block.classes(p)[tile];
     const std::int32_t precision = c == ADAATTN_TILE_HIGH ? rule.precision : rule.low_precision;
-    if (c >= ADAATTN_TILE_LOW && (precision == ADAATTN_PRECISION_FLOAT32 || is_emulated(precision))) return true;
+    const bool as_they_are = precision == ADAATTN_PRECISION_FLOAT32 || is_emulated(precision);
+    if (c >= ADAATTN_TILE_LOW && (as_they_are || (asks_for_masses(*plan.args) && rule.form == ADAATTN_TILED)))
+      return true;
   }
   return false;
 }
@@ -316,19 +329,21 @@ void class_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys,
 }
 
 void tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
-                const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
+                const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts, Account* account) {
   const adaattn_forward_args& args = *plan.args;
   const auto d = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
   const PanelRows rows = block_rows(plan, task);
   const Visibility visibility = visibility_of(plan, 0);
   BlockTiles block = class_block(plan, visibility, rows, keys, rule, scratch, tiled, counts);
-  for (std::size_t p = 0; p < block.panels; ++p)
+  for (std::size_t p = 0; p < block.panels; ++p) {
     prepare_queries(copies_of(rule), panel_at(plan, scratch, rows, p).q, d, keys.mean, queries_of(tiled, p, d));
+    if (asks_for_masses(args)) begin_account(account_of(tiled, p, dv), dv);
+  }
   // Sinks first, then from the diagonal backwards: what comes late is then compared with nearly the whole sum.
   for (std::size_t step = 0; step < block.tiles; ++step) {
     KeyTile tile = {.index = step == 0 ? 0 : block.tiles - step, .first = 0, .k = {}, .v = {}};
     tile.first = static_cast<std::int64_t>(tile.index) * kClassTile;
-    if (reads_float(block, tile.index, rule)) {
+    if (reads_float(plan, block, tile.index, rule)) {
       const auto count = static_cast<std::size_t>(std::min(kClassTile, block.key_end - tile.first));
       tile.k = float_rows(rows_of(args.k, 0, 0, tile.first), count, d, scratch.k_tile);
       tile.v = float_rows(rows_of(args.v, 0, 0, tile.first), count, dv, scratch.v_tile);
@@ -342,6 +357,7 @@ void tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys,
     const Panel panel = panel_at(plan, scratch, rows, p);
     if (rule.pooled != 0) add_pools(plan, scratch, panel, keys, block, p);
     add_means(plan, panel, keys, block, p);
+    if (asks_for_masses(args)) finish_account(plan, scratch, panel, keys, block, p, *account);
     finish_panel(plan, scratch, panel);
   }
   if (args.tile_classes != nullptr) write_classes(plan, rows, block);
@@ -363,8 +379,8 @@ HWY_EXPORT(lanes_of_panel);
 std::size_t panel_rows() { return HWY_DYNAMIC_DISPATCH(lanes_of_panel)(); }
 
 void run_tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,
-                    const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts) {
-  HWY_DYNAMIC_DISPATCH(tiled_task)(plan, task, keys, rule, scratch, tiled, counts);
+                    const ForwardScratch& scratch, const TiledScratch& tiled, TileCounts& counts, Account* account) {
+  HWY_DYNAMIC_DISPATCH(tiled_task)(plan, task, keys, rule, scratch, tiled, counts, account);
 }
 
 void run_screen_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys, const adaattn_head_plan& rule,

@@ -38,6 +38,11 @@ inline TileCounts add(const TileCounts& a, const TileCounts& b) {
           .high = a.high + b.high};
 }
 
+// Squared norms of what summaries and dropped tiles make of some rows' error, and of the rows.
+struct Account {
+  double error = 0, norm = 0;
+};
+
 // What a tile's stages cost, all of them over one tile's scores in float32: multiply-adds (8-bit ones half), or time.
 struct TileCosts {
   double screen;           // rank-r scores

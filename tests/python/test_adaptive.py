@@ -44,6 +44,32 @@ def test_budget_is_kept_and_reported(rng, error):
     assert parsed["heads"]["forms"] == metrics.heads.forms.tolist()
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_masses_are_reported(rng, library):
+    arrays = local_heads(rng)
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        arrays = [torch.from_numpy(array) for array in arrays]
+    form, exact_products = np.array([["tiled"] * 2]), np.array([["float32"] * 2])
+    plan = adaattn.Plan(
+        form=form, precision=exact_products, low_precision=exact_products, pooled=np.zeros((1, 2), bool),
+        rank=np.zeros((1, 2), np.int32), screen=np.array([[-3, -np.inf]], np.float32),
+        low=np.full((1, 2), -np.inf, np.float32), drop=np.array([[0, 0.05]], np.float32),
+    )  # fmt: skip
+    call = {"is_causal": True, "error": 10.0, "plan": plan, "kernel": "cpu_adaptive", "return_metrics": True}
+    out, metrics = adaattn.attention(*arrays, **call)
+    heads, exact = metrics.heads, adaattn.attention(*arrays, is_causal=True)
+    assert heads.omitted_mass[0, 0] > 0 == heads.omitted_mass[0, 1]
+    assert heads.summarised_mass[0, 1] > 0 == heads.summarised_mass[0, 0]
+    # What is left out is small beside what summaries miss; float32 rounds by less than 1e-5.
+    errors = error_by_head(np.asarray(out), np.asarray(exact))
+    assert heads.accounted_error[0, 1] == pytest.approx(errors[0, 1], rel=1e-2)
+    assert 0 < heads.accounted_error[0, 0] < 1
+    _, metrics = adaattn.attention(*arrays, is_causal=True, return_metrics=True)
+    for name in ("omitted_mass", "summarised_mass", "accounted_error"):
+        assert (getattr(metrics.heads, name) == 0).all(), "exact heads account for everything"
+
+
 def test_zero_budget_is_the_exact_kernel_bit_for_bit(rng):
     q, k, v = local_heads(rng)
     np.testing.assert_array_equal(

