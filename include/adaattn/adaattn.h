@@ -175,7 +175,8 @@ typedef struct adaattn_forward_args {
   adaattn_stage_times* times;     /* written; or NULL */
   float* summarised_mass; /* [B, Hq, Nq] contiguous, share of the row's softmax in tiles that means of v stand for:
                              summarised ones, and pooled ones as their pools have it; or NULL. CPU tensors only, as the
-                             next; asking costs what the summaries save. 0 for exact kernels, NaN for low-rank heads */
+                             next; asking takes the screen's scores of dropped tiles again, and an eighth of what
+                             summaries save. 0 for exact kernels, NaN for low-rank heads */
   float* omitted_mass;    /* [B, Hq, Nq] contiguous, share of the row's softmax in dropped tiles, an estimate from the
                              scores of the screen: they were not scored otherwise; or NULL. 0 and NaN likewise */
 } adaattn_forward_args;

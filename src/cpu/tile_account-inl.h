@@ -35,6 +35,12 @@ struct PanelAccount {
   float* pooled;  // [lanes], mass of pooled tiles
 };
 
+// Whether the panel's part of the head's error is wanted, too.
+HWY_INLINE bool accounts_error(const ForwardPlan& plan, std::int64_t first_row) {
+  constexpr auto kLanes = static_cast<std::int64_t>(kPanelLanes);
+  return asks_for_masses(*plan.args) && is_accounted(first_row / kLanes, (plan.args->q.shape[2] + kLanes - 1) / kLanes);
+}
+
 HWY_INLINE PanelAccount account_of(const TiledScratch& scratch, std::size_t panel, std::size_t dv) {
   return {scratch.strays + panel * dv * kPanelLanes, scratch.pooled_mass + panel * kPanelLanes};
 }
@@ -170,13 +176,14 @@ HWY_NOINLINE void finish_account(const ForwardPlan& plan, const ForwardScratch& 
   const PanelAccount account = account_of(*block.scratch, index, dv);
   const std::uint8_t* classes = block.classes(index);
   MeanSum means{keys, block, scratch.terms, account.strays, dv, padded_width(args.v.shape[3])};
+  const bool with_error = accounts_error(plan, panel.rows.first);
   Pair summarised = load_pair(account.pooled), omitted = {hn::Zero(d), hn::Zero(d)};
   for (std::size_t at = 0; at < block.listed[index]; ++at) {  // 8-bit tiles are listed, too
     const auto tile = static_cast<std::size_t>(block.list(index)[at]);
     if (classes[tile] != ADAATTN_TILE_SUMMARISED && classes[tile] != ADAATTN_TILE_SUMMARISED_LOW) continue;
     const Pair mass = load_pair(block.masses(index) + at * kPanelLanes);
     summarised = {hn::Add(summarised.low, mass.low), hn::Add(summarised.high, mass.high)};
-    means.add(tile, {hn::Neg(mass.low), hn::Neg(mass.high)});
+    if (with_error) means.add(tile, {hn::Neg(mass.low), hn::Neg(mass.high)});
   }
   if (std::find(classes, classes + block.tiles, std::uint8_t{ADAATTN_TILE_DROPPED}) != classes + block.tiles) {
     const DroppedMasses mass_of(*block.scratch, keys, panel, dim);
@@ -184,10 +191,10 @@ HWY_NOINLINE void finish_account(const ForwardPlan& plan, const ForwardScratch& 
       if (classes[tile] != ADAATTN_TILE_DROPPED) continue;
       const Pair mass = mass_of(tile, scratch.scores);
       omitted = {hn::Add(omitted.low, mass.low), hn::Add(omitted.high, mass.high)};
-      means.add(tile, mass);
+      if (with_error) means.add(tile, mass);
     }
   }
-  means.flush();
+  if (with_error) means.flush();
   float in_means[kPanelLanes], left_out[kPanelLanes];
   store_pair(summarised, in_means);
   store_pair(omitted, left_out);
@@ -199,7 +206,7 @@ HWY_NOINLINE void finish_account(const ForwardPlan& plan, const ForwardScratch& 
       args.summarised_mass[row] = nothing ? 0.0F : static_cast<float>(in_means[lane] / all);
     if (args.omitted_mass != nullptr)
       args.omitted_mass[row] = nothing ? 0.0F : static_cast<float>(left_out[lane] / all);
-    for (std::size_t c = 0; c < dv && !nothing; ++c) {
+    for (std::size_t c = 0; c < dv && with_error && !nothing; ++c) {
       const double out = panel.out[c * kPanelLanes + lane] / sum,
                    error = (account.strays[c * kPanelLanes + lane] - left_out[lane] * out) / all;
       total.error += error * error;

