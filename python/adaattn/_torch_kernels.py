@@ -35,7 +35,8 @@ def _run_forward(
     mask_view = None if mask is None else view("attn_mask", mask, q, is_mask=True)
     results = make_results(q, v)
     lse, heads, times, entropy, max_probability = (*(part.data_ptr() for part in results[1:]), 0, 0, 0, 0)[:5]
-    masses = [empty_rows(q) for _ in range(2 if entropy and q.is_cpu else 0)]  # what they are on average is in heads
+    # Their means are in the reports of heads.
+    masses = {name: empty_rows(q) for name in ("summarised_mass", "omitted_mass") if entropy and q.is_cpu}
     with _torch_arrays.device_of(q):
         _calls.forward(
             *views,
@@ -51,7 +52,7 @@ def _run_forward(
             0 if plans is None else _checked_plans(plans, q).data_ptr(),
             times,
             0 if tile_classes is None else tile_classes.data_ptr(),
-            *(rows.data_ptr() for rows in masses),
+            **{name: rows.data_ptr() for name, rows in masses.items()},
         )
     return results
 

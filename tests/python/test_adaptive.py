@@ -61,9 +61,10 @@ def test_masses_are_reported(rng, library):
     heads, exact = metrics.heads, adaattn.attention(*arrays, is_causal=True)
     assert heads.omitted_mass[0, 0] > 0 == heads.omitted_mass[0, 1]
     assert heads.summarised_mass[0, 1] > 0 == heads.summarised_mass[0, 0]
-    # What is left out is small beside what summaries miss; float32 rounds by less than 1e-5.
+    # Nothing is dropped of the second head, and float32 rounds by less than 1e-5, but one panel in eight tells the
+    # error: 16 of them, whose squares scatter by half of their mean.
     errors = error_by_head(np.asarray(out), np.asarray(exact))
-    assert heads.accounted_error[0, 1] == pytest.approx(errors[0, 1], rel=1e-2)
+    assert heads.accounted_error[0, 1] == pytest.approx(errors[0, 1], rel=0.2)
     assert 0 < heads.accounted_error[0, 0] < 1
     _, metrics = adaattn.attention(*arrays, is_causal=True, return_metrics=True)
     for name in ("omitted_mass", "summarised_mass", "accounted_error"):

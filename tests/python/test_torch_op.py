@@ -256,7 +256,9 @@ class TestOperatorChecks:
         tokens_first = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         # Stage times, the last but one, differ from run to run, and opcheck compares runs.
         run = _torch_kernels._calls.forward
-        monkeypatch.setattr(_torch_kernels._calls, "forward", lambda *args: run(*args[:-2], 0, args[-1]))
+        monkeypatch.setattr(
+            _torch_kernels._calls, "forward", lambda *args, **masses: run(*args[:-2], 0, args[-1], **masses)
+        )
         plans = torch.tensor(adaattn.Plan.automatic(2, 4).words(2, 4), dtype=torch.int32)
         op = getattr(torch_op, f"{name}_op")
         for options, arguments in (
