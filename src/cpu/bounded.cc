@@ -17,6 +17,7 @@
 #include "common/error.h"
 #include "common/tensor.h"
 #include "cpu/bounded_block.h"
+#include "cpu/double_rows.h"
 #include "cpu/forward.h"
 #include "cpu/forward_plan.h"
 #include "cpu/head_problem.h"
@@ -24,7 +25,6 @@
 #include "cpu/tiled.h"
 #include "cpu/value_tiles.h"
 #include "plan/error_bound.h"
-#include "reference/reference.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -59,6 +59,7 @@ struct ThreadScratch {
   ForwardScratch forward;
   BoundedScratch bounded;
   ValueTilesScratch values;
+  DoubleScratch doubles;
 };
 
 // Everything in the workspace.
@@ -113,8 +114,10 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
     if (engine.values != nullptr) engine.values[i] = values;
   }
   for (int t = 0; t < engine.threads; ++t) {
-    ThreadScratch mine = {
-        .forward = lay_out(args, scratch), .bounded = {}, .values = lay_out_value_tiles_thread(args, scratch)};
+    ThreadScratch mine = {.forward = lay_out(args, scratch),
+                          .bounded = {},
+                          .values = lay_out_value_tiles_thread(args, scratch),
+                          .doubles = lay_out_double_rows(args, scratch)};
     if (engine.tiles_pay) mine.bounded = lay_out_bounded(args, scratch);
     if (engine.scratch != nullptr) engine.scratch[t] = mine;
   }
@@ -298,11 +301,13 @@ void repair(const Engine& engine, std::int64_t head) {
   state.work += again / static_cast<double>(std::max<std::int64_t>(state.total.tiles, 1));
 }
 
-// The head in FP64, one thread for each batch entry and head: slow, for heads that float32 cannot vouch for.
+// The head in FP64, for heads that float32 cannot vouch for.
 void run_in_fp64(const Engine& engine, std::int64_t head) {
   const adaattn_forward_args one = head_problem(*engine.args, head);
-  reference::forward(one, engine.out, engine.lse);
-  reference::statistics(one, one.entropy, one.max_probability);
+  for_all(engine, (one.q.shape[2] + kDoubleRows - 1) / kDoubleRows,
+          [&](std::int64_t task, const ThreadScratch& scratch) {
+            run_double_rows(one, task * kDoubleRows, scratch.doubles, engine.out, engine.lse);
+          });
   const KeySizes& sizes = *values_of(engine, head).sizes;
   const double scale =
       one.options.has_scale != 0 ? one.options.scale : 1 / std::sqrt(static_cast<double>(one.q.shape[3]));
