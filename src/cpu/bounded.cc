@@ -12,12 +12,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 
 #include "common/error.h"
 #include "common/tensor.h"
 #include "cpu/bounded_block.h"
-#include "cpu/double_rows.h"
+#include "cpu/bounded_engine.h"
 #include "cpu/forward.h"
 #include "cpu/forward_plan.h"
 #include "cpu/head_problem.h"
@@ -27,58 +26,15 @@
 #include "plan/error_bound.h"
 
 namespace adaattn::cpu {
+namespace bounds {
 namespace {
 
-constexpr std::int64_t kPilotPanels = 4;  // of kMaxPanelLanes queries
-constexpr auto kPilotQueries = static_cast<std::int64_t>(kMaxPanelLanes);
 // Fewer leave nothing over once spreads and pilot are paid: 4 % of the work of a head that then runs densely, at 4,096
 // tokens. A call that names the kernel wants to see it at work.
 constexpr std::int64_t kLeastTokens = 4096, kLeastTokensIfNamed = 1024;
 // Multiply-adds that tiles must save, as a share of dense attention's: the pilot, the spreads and the second pass over
 // the exponentials cost about 0.07.
 constexpr double kLeastSaving = 0.12;
-
-struct HeadState {
-  adaattn_form form;
-  bool exact;  // in FP64, at last
-  bool done;
-  double allowed;  // squared error of a panel per tile that it sees
-  double bound;    // of the relative error
-  double work;     // share of dense attention's multiply-adds so far
-  int escalations;
-  BlockBound total;
-};
-
-struct BlockState {
-  BlockBound bound;
-  bool wanted;      // to be run
-  bool summarises;  // may summarise tiles
-};
-
-struct ThreadScratch {
-  ForwardScratch forward;
-  BoundedScratch bounded;
-  ValueTilesScratch values;
-  DoubleScratch doubles;
-};
-
-// Everything in the workspace.
-struct Engine {
-  const adaattn_forward_args* args;
-  int threads;
-  bool tiles_pay;      // for this size
-  std::int64_t heads;  // B * Hq
-  std::int64_t block, blocks;
-  ValueTiles* values;        // [B * Hk]
-  HeadState* states;         // [heads]
-  BlockState* block_states;  // [heads][blocks]
-  std::int64_t* order;       // [blocks]
-  BlockBound* pilots;        // [heads][kPilotPanels]
-  float* pilot_out;          // [heads][kPilotPanels][kPilotQueries][Dv]
-  float* max_probability;    // [heads][Nq]
-  double *out, *lse;         // [Nq][Dv] and [Nq], of one head in FP64
-  ThreadScratch* scratch;    // [threads]
-};
 
 Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
   Engine engine{};
@@ -124,23 +80,12 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
   return engine;
 }
 
-// body(index, scratch of the thread) for all indices, in any order.
-template <class Body>
-void for_all(const Engine& engine, std::int64_t count, Body body) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(engine.threads)
-  for (std::int64_t index = 0; index < count; ++index) body(index, engine.scratch[omp_get_thread_num()]);
-}
-
 // Runs body and adds its wall time to seconds.
 template <class Body>
 void timed(double& seconds, Body body) {
   const auto start = std::chrono::steady_clock::now();
   body();
   seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-const ValueTiles& values_of(const Engine& engine, std::int64_t head) {
-  return engine.values[key_head_of(*engine.args, head)];
 }
 
 // The head's problem with a max_probability in any case: the bound of a dense head needs it.
@@ -172,13 +117,6 @@ double planning_share(const adaattn_forward_args& args, std::int64_t panels) {
   const double group = static_cast<double>(args.q.shape[1]) / static_cast<double>(args.k.shape[1]);
   const double visible = nq * (args.options.causal != 0 ? 0.5 : 1);
   return tile * (dv + tile) / group / (visible * (d + dv)) + static_cast<double>(panels * kPilotQueries) / nq;
-}
-
-double tile_work(const adaattn_forward_args& args, const BlockBound& block) {
-  if (block.tiles == 0) return 1;
-  const auto d = static_cast<double>(args.q.shape[3]), dv = static_cast<double>(args.v.shape[3]);
-  const double summarised = static_cast<double>(block.summarised) / static_cast<double>(block.tiles);
-  return 1 - summarised * (1 - 1.0 / kBoundTile) * dv / (d + dv);
 }
 
 // A pilot panel's rows, with nothing written but float32 output.
@@ -332,7 +270,7 @@ void run_in_fp64(const Engine& engine, std::int64_t head) {
   }
   state.form = ADAATTN_DENSE;
   state.bound = relative_bound(std::sqrt(state.total.error), std::sqrt(state.total.norm));
-  state.exact = state.done = true;
+  state.done = true;
   state.work += 1;
 }
 
@@ -367,77 +305,13 @@ void verify(const Engine& engine) {
   }
 }
 
-// Tiles of a dense head are high as far as some query of the panel sees them.
-void fill_dense_classes(const Engine& engine, std::int64_t head) {
-  const adaattn_forward_args& args = *engine.args;
-  const Visibility visibility =
-      make_visibility(args.options, args.q.shape[2],
-                      args.key_lengths != nullptr ? args.key_lengths[head / args.q.shape[1]] : args.k.shape[2]);
-  const auto panel = static_cast<std::int64_t>(panel_rows()), panels = (args.q.shape[2] + panel - 1) / panel;
-  const auto tiles = static_cast<std::int64_t>(bound_tiles(args));
-  std::uint8_t* classes = args.tile_classes + head * panels * tiles;
-  for (std::int64_t p = 0; p < panels; ++p) {
-    const std::int64_t last = std::min((p + 1) * panel, args.q.shape[2]) - 1;
-    const std::int64_t seen = (visible_keys(visibility, p * panel, last).end + kBoundTile - 1) / kBoundTile;
-    std::fill_n(classes + p * tiles, seen, ADAATTN_TILE_HIGH);
-    std::fill_n(classes + p * tiles + seen, tiles - seen, ADAATTN_TILE_HIDDEN);
-  }
-}
-
-double mean_of(const float* rows, std::int64_t count) {
-  return rows != nullptr ? std::accumulate(rows, rows + count, 0.0) / static_cast<double>(count)
-                         : std::numeric_limits<double>::quiet_NaN();
-}
-
-// Dense heads may have been tiled before.
-void clear_masses(const Engine& engine, std::int64_t head) {
-  const adaattn_forward_args one = head_problem(*engine.args, head);
-  for (float* masses : {one.summarised_mass, one.omitted_mass})
-    if (masses != nullptr) std::fill_n(masses, one.q.shape[2], 0.0F);
-}
-
-void report(const Engine& engine) {
-  const adaattn_forward_args& args = *engine.args;
-  for (std::int64_t h = 0; h < engine.heads; ++h) {
-    const HeadState& state = engine.states[h];
-    adaattn_head_report& report = args.heads[h];
-    report = {};
-    report.plan = {.form = state.form,
-                   .precision = ADAATTN_PRECISION_FLOAT32,
-                   .low_precision = ADAATTN_PRECISION_FLOAT32,
-                   .pooled = 0,
-                   .rank = 0,
-                   .screen = -std::numeric_limits<float>::infinity(),
-                   .low = -std::numeric_limits<float>::infinity(),
-                   .drop = 0};
-    const adaattn_forward_args one = head_problem(args, h);
-    const bool asked = asks_for_masses(args), tiled = state.form == ADAATTN_TILED;
-    report.summarised_mass = mean_of(one.summarised_mass, args.q.shape[2]);
-    report.omitted_mass = mean_of(one.omitted_mass, args.q.shape[2]);
-    report.accounted_error = asked && !tiled ? 0 : std::numeric_limits<double>::quiet_NaN();
-    report.escalations = state.escalations;
-    report.error_bound = state.bound;
-    report.work = state.work;
-    if (!tiled) {
-      report.work += 1;  // in float32; FP64, if it came to that, is counted already
-      continue;
-    }
-    report.work += tile_work(args, state.total);
-    report.tiles = state.total.tiles;
-    report.summarised_tiles = state.total.summarised;
-    report.high_tiles = state.total.tiles - state.total.summarised;
-  }
-}
-
-}  // namespace
-
-std::size_t bounded_workspace(const adaattn_forward_args& args) {
+std::size_t workspace(const adaattn_forward_args& args) {
   Scratch scratch(nullptr);
   lay_out_engine(args, scratch);
   return scratch.bytes();
 }
 
-void bounded(const adaattn_forward_args& args) {
+void run(const adaattn_forward_args& args) {
   Scratch scratch(args.workspace);
   const Engine engine = lay_out_engine(args, scratch);
   for (std::int64_t h = 0; h < engine.heads; ++h) check_plan(engine, h);
@@ -452,11 +326,14 @@ void bounded(const adaattn_forward_args& args) {
     timed(times.verify, [&] { verify(engine); });
   }
   if (args.times != nullptr) *args.times = times;
-  for (std::int64_t h = 0; h < engine.heads && args.tile_classes != nullptr; ++h)
-    if (engine.states[h].form == ADAATTN_DENSE) fill_dense_classes(engine, h);
-  for (std::int64_t h = 0; h < engine.heads && asks_for_masses(args); ++h)
-    if (engine.states[h].form == ADAATTN_DENSE) clear_masses(engine, h);
-  if (args.heads != nullptr) report(engine);
+  report(engine);
 }
+
+}  // namespace
+}  // namespace bounds
+
+std::size_t bounded_workspace(const adaattn_forward_args& args) { return bounds::workspace(args); }
+
+void bounded(const adaattn_forward_args& args) { bounds::run(args); }
 
 }  // namespace adaattn::cpu

@@ -168,8 +168,9 @@ struct MeanSum {
 };
 
 // Once the panel's sums are complete: writes the rows' shares and adds to the block's account.
-HWY_NOINLINE void finish_account(const ForwardPlan& plan, const ForwardScratch& scratch, const Panel& panel,
-                                 const KeyHead& keys, const BlockTiles& block, std::size_t index, Account& total) {
+inline HWY_NOINLINE void finish_account(const ForwardPlan& plan, const ForwardScratch& scratch, const Panel& panel,
+                                        const KeyHead& keys, const BlockTiles& block, std::size_t index,
+                                        Account& total) {
   const FloatTag d;
   const adaattn_forward_args& args = *plan.args;
   const auto dim = static_cast<std::size_t>(args.q.shape[3]), dv = static_cast<std::size_t>(args.v.shape[3]);
