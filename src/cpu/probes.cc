@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "cpu/trial_rows.h"
 
@@ -44,13 +45,25 @@ void add_set(const Engine& engine, std::int64_t index, int set, ProbeSums& sums)
 }
 
 double squared_norm(const adaattn_tensor& out) {  // of one head
-  double norm = 0;
-  for (std::int64_t row = 0; row < out.shape[2]; ++row)
-    for (std::int64_t c = 0; c < out.shape[3]; ++c) {
-      const double value = load(out, 0, 0, row, c);
-      norm += value * value;
+  constexpr std::int64_t kSums = 8;               // one would wait for every addition
+  double sums[kSums] = {};
+  const bool is_plain = out.dtype == ADAATTN_FLOAT32 && out.stride[3] == 1;
+  const auto* const data = static_cast<const float*>(out.data);
+  for (std::int64_t row = 0; row < out.shape[2]; ++row) {
+    const float* const values = is_plain ? data + offset_of(out, 0, 0, row, 0) : nullptr;
+    for (std::int64_t first = 0; first < out.shape[3]; first += kSums) {
+      const std::int64_t count = std::min(kSums, out.shape[3] - first);
+      if (is_plain && count == kSums) {
+        for (std::int64_t i = 0; i < kSums; ++i) sums[i] += static_cast<double>(values[first + i]) * values[first + i];
+        continue;
+      }
+      for (std::int64_t i = 0; i < count; ++i) {
+        const double value = load(out, 0, 0, row, first + i);
+        sums[i] += value * value;
+      }
     }
-  return norm;
+  }
+  return std::accumulate(sums, sums + kSums, 0.0);
 }
 
 }  // namespace
