@@ -230,8 +230,8 @@ void repair(const Engine& engine, std::int64_t head) {
   double again = 0;
   for (std::int64_t i = 0; i < engine.blocks && left > target; ++i) {
     BlockState& block = blocks[engine.order[i]];
+    if (!block.summarises) continue;  // running it again changes nothing
     left -= block.bound.error;
-    if (!block.summarises) continue;
     block.summarises = false;
     block.wanted = true;
     again += static_cast<double>(block.bound.tiles);

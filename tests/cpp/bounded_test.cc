@@ -338,6 +338,22 @@ TEST(BoundedForm, HeadsThatFloat32CannotVouchForAreThoseOfTheReference) {
     }
 }
 
+// Four queries with scores of some 100,000, and two keys that share them: what float32 rounds there is over the budget,
+// and no tile is to blame that could be run exactly instead.
+TEST(BoundedForm, ThatFewRowsSpoilEndsInFP64) {
+  Inputs inputs({.name = "local", .query_heads = 1, .key_heads = 1});
+  constexpr std::size_t kDim = 32, kKey = 500;
+  for (std::size_t c = 0; c < kDim; ++c)
+    inputs.k[(kKey + 1) * kDim + c] = inputs.k[kKey * kDim + c] = 2 * inputs.k[kKey * kDim + c];
+  for (const std::size_t query : {700, 732, 764, 796})
+    for (std::size_t c = 0; c < kDim; ++c) inputs.q[query * kDim + c] = 1e4F * inputs.k[kKey * kDim + c];
+  const Inputs::Result got = inputs.run(0.1);
+  EXPECT_EQ(got.reports[0].plan.form, ADAATTN_DENSE);
+  EXPECT_GT(got.reports[0].escalations, 1);
+  EXPECT_LE(got.reports[0].error_bound, 0.1);
+  EXPECT_LE(inputs.error_of_head(got, inputs.truth(), 0), got.reports[0].error_bound);
+}
+
 TEST(BoundedForm, FollowsAPlan) {
   Inputs inputs({.name = "local"});
   adaattn_head_plan plans[2] = {};
