@@ -88,6 +88,8 @@ void fuzz_forward(Hostile& from) {
   if (from.once_in(2)) args.lse = from.floats(rows);
   if (from.once_in(2)) args.entropy = from.floats(rows);
   if (from.once_in(2)) args.max_probability = from.floats(rows);
+  if (from.once_in(4)) args.summarised_mass = from.floats(rows);
+  if (from.once_in(4)) args.omitted_mass = from.floats(rows);
   switch (from.in(0, 8)) {
     case 0: {
       char text[4096];
