@@ -1,0 +1,45 @@
+// How one instance of the forward kernel cuts a call up.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "adaattn/adaattn.h"
+#include "cuda/sm90/forward/split.h"
+
+namespace adaattn::cuda::sm90 {
+
+inline bool tiles_differ(const adaattn_forward_args& args) {
+  const adaattn_options& o = args.options;
+  return o.causal != 0 || o.window_left >= 0 || o.window_right >= 0 || args.key_lengths != nullptr;
+}
+
+// As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB); one where all
+// tiles take the same time and order does not matter.
+inline int packs_at_once(const adaattn_forward_args& args, int packs_per_key_head) {
+  if (!tiles_differ(args)) return 1;
+  constexpr std::int64_t kBytes = 24 << 20;
+  const std::int64_t head = std::max<std::int64_t>(1, args.k.shape[2] * (args.k.shape[3] + args.v.shape[3]) * 2);
+  const std::int64_t key_heads = std::clamp<std::int64_t>(kBytes / head, 1, args.k.shape[0] * args.k.shape[1]);
+  return static_cast<int>(key_heads * packs_per_key_head);
+}
+
+// q has heads, and shapes are small enough for declines_any of forward.cc.
+template <typename Config>
+TileGrid make_grid(const adaattn_forward_args& args, int multiprocessors) {
+  TileGrid grid{};
+  grid.batch = static_cast<int>(args.q.shape[0]);
+  grid.heads = static_cast<int>(args.q.shape[1]);
+  grid.group = static_cast<int>(args.q.shape[1] / args.k.shape[1]);
+  grid.query_count = static_cast<int>(args.q.shape[2]);
+  grid.key_count = static_cast<int>(args.k.shape[2]);
+  grid.visibility = make_visibility(args.options, args.q.shape[2], args.k.shape[2]);
+  grid.bottom_right = args.options.alignment == ADAATTN_BOTTOM_RIGHT;
+  grid.key_lengths = args.key_lengths;
+  choose_packs<Config>(grid);
+  grid.packs_at_once = packs_at_once(args, grid.packs_per_key_head);
+  choose_split<Config>(grid, multiprocessors * Config::kBlocks, tiles_differ(args));
+  return grid;
+}
+
+}  // namespace adaattn::cuda::sm90
