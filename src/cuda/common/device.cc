@@ -2,6 +2,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <atomic>
+#include <cstdint>
+
 #include "common/error.h"
 #include "cuda/common/check.h"
 #include "cuda/cuda_kernels.h"
@@ -28,19 +32,39 @@ int device_count(cudaError_t& status) {
   return status == cudaSuccess ? count : 0;
 }
 
+// What does not change while a process runs: multiprocessors << 16 | capability of each device, 0 until it is asked.
+std::array<std::atomic<std::uint32_t>, 64> known_devices;
+
+Device describe(int device) {
+  const bool kept = device < static_cast<int>(known_devices.size());
+  std::uint32_t packed = kept ? known_devices[static_cast<std::size_t>(device)].load(std::memory_order_relaxed) : 0;
+  if (packed == 0) {
+    packed = static_cast<std::uint32_t>(attribute(cudaDevAttrMultiProcessorCount, device)) << 16 |
+             static_cast<std::uint32_t>(capability(device));
+    if (kept) known_devices[static_cast<std::size_t>(device)].store(packed, std::memory_order_relaxed);
+  }
+  return {.index = device,
+          .capability = static_cast<int>(packed & 0xFFFF),
+          .multiprocessors = static_cast<int>(packed >> 16)};
+}
+
 }  // namespace
 
 Device current_device() {
   int device = 0;
   ADAATTN_CUDA_CHECK(cudaGetDevice(&device));
-  return {.capability = capability(device), .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device)};
+  return describe(device);
 }
 
 bool current_device_is(int wanted) {
-  int device = 0;
+  static std::atomic<bool> some{false};  // a machine that had a device keeps it
   cudaError_t status;
-  if (device_count(status) == 0 || cudaGetDevice(&device) != cudaSuccess) return false;
-  return capability(device) == wanted;
+  if (!some.load(std::memory_order_relaxed)) {
+    if (device_count(status) == 0) return false;
+    some.store(true, std::memory_order_relaxed);
+  }
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && describe(device).capability == wanted;
 }
 
 std::vector<std::string> devices() {

@@ -25,6 +25,27 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return function;
 }
 
+// Axes from the innermost; strides in bytes, of all but the innermost.
+template <int kAxes>
+CUtensorMap encode(const adaattn_tensor& tensor, const cuuint64_t (&size)[kAxes], cuuint64_t (&stride)[kAxes - 1],
+                   const cuuint32_t (&box)[kAxes]) {
+  const auto type =
+      tensor.dtype == ADAATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  cuuint32_t step[kAxes];
+  for (int axis = 0; axis < kAxes; ++axis) step[axis] = 1;
+  for (int axis = 1; axis < kAxes; ++axis)  // an axis of one entry is never stepped along: any valid stride will do
+    if (size[axis] == 1) stride[axis - 1] = 16;
+  CUtensorMap map;
+  const CUresult result =
+      encoder()(&map, type, kAxes, tensor.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw StatusError(ADAATTN_INTERNAL_ERROR, concat("cuTensorMapEncodeTiled failed with CUresult ", int{result}));
+  return map;
+}
+
+cuuint64_t unsigned_of(std::int64_t value) { return static_cast<cuuint64_t>(value); }
+
 }  // namespace
 
 bool tensor_map_fits(const adaattn_tensor& tensor) {
@@ -41,20 +62,21 @@ bool tensor_map_fits(const adaattn_tensor& tensor) {
 }
 
 CUtensorMap make_tensor_map(const adaattn_tensor& tensor, int rows) {
-  const auto type =
-      tensor.dtype == ADAATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  cuuint64_t size[4], stride[3];
-  for (int axis = 0; axis < 4; ++axis) size[axis] = static_cast<cuuint64_t>(tensor.shape[3 - axis]);
-  for (int axis = 0; axis < 3; ++axis)  // an axis of one entry is never stepped along: any valid stride will do
-    stride[axis] = size[axis + 1] == 1 ? 16 : static_cast<cuuint64_t>(tensor.stride[2 - axis] * 2);
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, step[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      encoder()(&map, type, 4, tensor.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw StatusError(ADAATTN_INTERNAL_ERROR, concat("cuTensorMapEncodeTiled failed with CUresult ", int{result}));
-  return map;
+  const cuuint64_t size[4] = {unsigned_of(tensor.shape[3]), unsigned_of(tensor.shape[2]), unsigned_of(tensor.shape[1]),
+                              unsigned_of(tensor.shape[0])};
+  cuuint64_t stride[3] = {unsigned_of(tensor.stride[2] * 2), unsigned_of(tensor.stride[1] * 2),
+                          unsigned_of(tensor.stride[0] * 2)};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1};
+  return encode(tensor, size, stride, box);
+}
+
+CUtensorMap make_packed_tensor_map(const adaattn_tensor& tensor, int group, int heads, int tokens) {
+  const cuuint64_t size[5] = {unsigned_of(tensor.shape[3]), unsigned_of(group), unsigned_of(tensor.shape[2]),
+                              unsigned_of(tensor.shape[1] / group), unsigned_of(tensor.shape[0])};
+  cuuint64_t stride[4] = {unsigned_of(tensor.stride[1] * 2), unsigned_of(tensor.stride[2] * 2),
+                          unsigned_of(tensor.stride[1] * 2 * group), unsigned_of(tensor.stride[0] * 2)};
+  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(heads), static_cast<cuuint32_t>(tokens), 1, 1};
+  return encode(tensor, size, stride, box);
 }
 
 }  // namespace adaattn::cuda

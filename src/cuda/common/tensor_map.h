@@ -15,4 +15,8 @@ bool tensor_map_fits(const adaattn_tensor& tensor);
 // The tensor has elements and fits.
 CUtensorMap make_tensor_map(const adaattn_tensor& tensor, int rows);
 
+// The same for tiles whose rows are queries of several heads: [batch, heads / group, tokens, group, dim], boxes of
+// tokens x heads x 64 elements. The heads of a whole tensor lie less than 2^40 bytes apart.
+CUtensorMap make_packed_tensor_map(const adaattn_tensor& tensor, int group, int heads, int tokens);
+
 }  // namespace adaattn::cuda
