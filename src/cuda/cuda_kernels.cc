@@ -14,15 +14,6 @@ Reasons needs_sm90() {
   return Reasons().unless(current_device_is(90), "needs a current device of compute capability 9.0 (H100, H200)");
 }
 
-constexpr std::array kForward = {
-    ForwardKernel{.name = "sm90_forward",
-                  .summary = "exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 256",
-                  .device = ADAATTN_CUDA,
-                  .unavailable = needs_sm90,
-                  .declines = sm90::declines_forward,
-                  .workspace = sm90::forward_workspace,
-                  .run = sm90::forward}};
-
 constexpr std::array kBackward = {
     BackwardKernel{.name = "sm90_backward",
                    .summary = "exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 128",
@@ -34,7 +25,7 @@ constexpr std::array kBackward = {
 
 }  // namespace
 
-std::span<const ForwardKernel> forward_kernels() { return kForward; }
+std::span<const ForwardKernel> forward_kernels() { return sm90::forward_rows(); }
 std::span<const BackwardKernel> backward_kernels() { return kBackward; }
 
 }  // namespace adaattn::cuda

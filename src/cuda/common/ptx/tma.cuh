@@ -18,6 +18,13 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barri
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
 }
 
+// The same of a [batch, key head, token, head in its group, dim] map.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int dim, int head_in_group,
+                                         int token, int key_head, int batch) {
+  const std::int32_t at[5] = {dim, head_in_group, token, key_head, batch};
+  ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
+}
+
 // Copies bytes, a multiple of 16, between addresses on 16 bytes.
 __device__ __forceinline__ void load_bytes(void* to, const void* from, std::uint32_t bytes, Barrier& barrier) {
   ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, from, bytes, &barrier);

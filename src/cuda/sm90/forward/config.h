@@ -3,36 +3,49 @@
 
 #include <cuda.h>
 
+#include <cstddef>
 #include <cstdint>
 
-#include "common/visibility.h"
+#include "cuda/sm90/forward/tile_plan.h"
 
 namespace adaattn::cuda::sm90 {
 
-// One block of threads works on kQueries rows: a producer warpgroup that copies, and consumers of 64 rows each.
-template <int kDim_, int kConsumers_, int kKeys_, int kStages_>
+// What an instance of the kernel is made for.
+struct ForwardTile {
+  int dim;             // head size, padded with zeros to 64, 128 or 256
+  int consumers;       // warpgroups of 64 rows each
+  int keys;            // keys of one step
+  int stages;          // K and V blocks in flight
+  int blocks = 1;      // blocks of threads on a multiprocessor
+  bool packs = false;  // heads of a group can share a tile
+  bool parts = false;  // tiles can be worked on in parts
+  bool masks = false;  // takes mask tensors, and computes entropy and max_probability
+  // A consumer passes its turn on with so many of the products of P V still to be started.
+  int early_turn = 0;
+};
+
+// One block of threads works on kQueries rows: a producer warpgroup that copies, and the consumers.
+template <ForwardTile kTile>
 struct ForwardConfig {
-  static constexpr int kDim = kDim_;  // head size, padded with zeros to 64, 128 or 256
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr int kKeys = kKeys_;      // keys of one step
-  static constexpr int kStages = kStages_;  // K and V blocks in flight
+  static constexpr int kDim = kTile.dim;
+  static constexpr int kConsumers = kTile.consumers;
+  static constexpr int kKeys = kTile.keys;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kBlocks = kTile.blocks;
+  static constexpr bool kPacks = kTile.packs, kParts = kTile.parts, kMasks = kTile.masks;
+  static constexpr int kEarlyTurn = kTile.early_turn;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // All of a multiprocessor's 65,536 registers, most of them for the accumulators.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
+  // number, a multiple of 8; one consumer alone with a producer has enough of them then.
+  static constexpr int kLaunchRegisters = 65536 / kBlocks / kThreads / 8 * 8;
+  static constexpr bool kTradesRegisters = kLaunchRegisters < 240;
+  static constexpr int kProducerRegisters = kPacks || kBlocks == 2 ? 40 : kConsumers == 3 ? 32 : 24;
+  static constexpr int kLeftRegisters = (kLaunchRegisters * kThreads - 128 * kProducerRegisters) / (128 * kConsumers);
+  static constexpr int kConsumerRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters / 8 * 8;
   // Consumers start their products in turns. With few keys a step the turns cost more than they order.
-  static constexpr bool kTakeTurns = kDim == 64 || kKeys > 128;
-};
-
-// What the producer tells the consumers about a tile of queries: which key blocks it meets.
-struct TilePlan {
-  int first_query, head, batch;  // head counts within the batch; first_query < 0: no more work
-  int key_count;                 // keys of this batch entry
-  int steps;                     // key blocks to visit
-  int window_steps;              // the first so many go down from block_end - 1, the others down from sink_blocks - 1
-  int block_end, sink_blocks;
+  static constexpr bool kTakeTurns = kConsumers > 1 && !kMasks && kBlocks == 1 && (kDim == 64 || kKeys > 128);
 };
 
 template <typename Config>
@@ -47,19 +60,41 @@ struct ForwardShared {
   TilePlan plan;
 };
 
+// What a launch asks for: the struct without the padding at its end, which can keep a second block of threads out.
+template <typename Config>
+constexpr int shared_bytes() {
+  return static_cast<int>((offsetof(ForwardShared<Config>, plan) + sizeof(TilePlan) + 127) / 128 * 128);
+}
+
+// A mask tensor, broadcast by strides of 0.
+struct MaskView {
+  enum Kind : int { kNone, kBool, kFloat, kElement };  // kElement: of q's type
+
+  const void* data;        // [batch, heads, query_count, key_count]
+  std::int64_t stride[4];  // in elements
+  Kind kind;
+};
+
+// What the softmax of a row, or of a part of its keys, leaves besides the output.
+struct alignas(16) RowResult {
+  float lse_log2;  // logarithm of the sum to base 2; -inf where no key is seen
+  float entropy;   // nats
+  float max_probability;
+  float unused;
+};
+
 struct ForwardParams {
-  CUtensorMap q, k, v;  // [batch, head, token, dim], boxes of 64 columns
-  void* out;            // [batch, heads, query_count, dim_v]
+  CUtensorMap q, k, v;  // [batch, head, token, dim], boxes of 64 columns; q of packed tiles has heads in two axes
+  TileGrid grid;
+  void* out;  // [batch, heads, query_count, dim_v]
   std::int64_t out_stride[3];
-  float* lse;                       // [batch, heads, query_count] or null
-  const std::int64_t* key_lengths;  // [batch] or null
-  unsigned* next_tile;              // counter that starts at 0: blocks take tiles as they get free; null: in turn
-  float scale_log2;                 // scale / ln 2, > 0
-  int batch, heads, group;          // group: query heads on one key head
-  int query_count, key_count, dim_v;
-  Visibility visibility;  // of batch entries without a key length; the diagonal of others moves with their length
-  bool bottom_right;
-  int tiles_per_head, heads_at_once;  // heads_at_once heads are worked on side by side, their longest tiles first
+  float *lse, *entropy, *max_probability;  // [batch, heads, query_count] or null
+  unsigned* next_item;  // counter that starts at 0: blocks take items as they get free; null: in turn
+  float scale_log2;     // scale / ln 2; > 0 but for kMasks
+  int dim_v;
+  MaskView mask;
+  RowResult* part_rows;  // [part, kQueries]
+  float* part_out;       // [part, kQueries, dim_v], normalised; rows without a key are not written
 };
 
 }  // namespace adaattn::cuda::sm90

@@ -5,31 +5,43 @@
 #include <cstdint>
 
 #include "cuda/sm90/forward/config.h"
+#include "cuda/sm90/forward/row_result.cuh"
 #include "cuda/sm90/forward/softmax.cuh"
 #include "cuda/sm90/registers.cuh"
 
 namespace adaattn::cuda::sm90 {
 
-// first_row is this thread's upper row. A row that saw no key becomes 0, its lse -inf.
+// The four threads of a row add up what each has of it.
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
+  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
+}
+
+// scale_log2 turns the maxima of state to base 2.
+template <bool kStatistics>
+__device__ __forceinline__ RowResult finish_row(const RowState& state, int row, float sum, float scale_log2) {
+  RowResult result{.lse_log2 = sum == 0.0f ? -INFINITY : state.max[row] * scale_log2 + log2f(sum)};
+  if constexpr (kStatistics) {
+    const float moment = quad_sum(state.moment[row]), entropy = kLn2 * (log2f(sum) - moment / sum);
+    result.entropy = sum == 0.0f || entropy < 0.0f ? 0.0f : entropy;
+    result.max_probability = sum == 0.0f ? 0.0f : 1.0f / sum;  // the largest is 1 before it is divided
+  }
+  return result;
+}
+
+// tile_row is this thread's upper row in the tile. A row that saw no key becomes 0, its lse -inf.
 template <typename T, typename Config>
-__device__ __forceinline__ void store_tile(const ForwardParams& params, const TilePlan& plan, int first_row,
+__device__ __forceinline__ void store_tile(const ForwardParams& params, const TilePlan& plan, int tile_row,
                                            const float (&out)[Config::kDim / 2], const RowState& state) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float sum = state.sum[row];
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    const int query = first_row + 8 * row;
-    const bool exists = query < params.query_count;
-    if (exists && params.lse != nullptr && lane % 4 == 0) {
-      constexpr float kLn2 = 0.693147180559945f;
-      const float lse = sum == 0.0f ? -INFINITY : (state.max[row] * params.scale_log2 + log2f(sum)) * kLn2;
-      params.lse[(static_cast<std::int64_t>(plan.batch) * params.heads + plan.head) * params.query_count + query] = lse;
-    }
-    T* to = static_cast<T*>(params.out) + plan.batch * params.out_stride[0] + plan.head * params.out_stride[1] +
-            query * params.out_stride[2];
+    const float sum = quad_sum(state.sum[row]), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const RowPlace place = place_of_row<Config>(params.grid, plan, tile_row + 8 * row);
+    const RowResult result = finish_row<Config::kMasks>(state, row, sum, Config::kMasks ? 1.0f : params.scale_log2);
+    if (place.exists && lane % 4 == 0) store_row_result<Config::kMasks>(params, plan.batch, place, result);
+    T* to = static_cast<T*>(params.out) + plan.batch * params.out_stride[0] + place.head * params.out_stride[1] +
+            place.query * params.out_stride[2];
 #pragma unroll
     for (int j = 0; j < Config::kDim / 32; ++j) {  // 32 columns: one piece of 8 a lane
       std::uint32_t words[4];
@@ -40,8 +52,30 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
       }
       const uint4 piece = transpose_quad(words, lane);
       const int column = 32 * j + 8 * (lane % 4);
-      if (exists && column < params.dim_v) *reinterpret_cast<uint4*>(to + column) = piece;
+      if (place.exists && column < params.dim_v) *reinterpret_cast<uint4*>(to + column) = piece;
     }
+  }
+}
+
+// The same for a part of a tile's keys: float32, to the workspace. Four threads write 32 bytes of a row together.
+template <typename Config>
+__device__ __forceinline__ void store_part(const ForwardParams& params, const TilePlan& plan, int tile_row,
+                                           const float (&out)[Config::kDim / 2], const RowState& state) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float sum = quad_sum(state.sum[row]), inverse = 1.0f / sum;
+    const RowResult result = finish_row<Config::kMasks>(state, row, sum, Config::kMasks ? 1.0f : params.scale_log2);
+    if (!place_of_row<Config>(params.grid, plan, tile_row + 8 * row).exists) continue;
+    const std::int64_t slot = static_cast<std::int64_t>(plan.part) * Config::kQueries + tile_row + 8 * row;
+    if (lane % 4 == 0) *reinterpret_cast<float4*>(params.part_rows + slot) = reinterpret_cast<const float4&>(result);
+    if (sum == 0.0f) continue;
+    float* to = params.part_out + slot * params.dim_v + 2 * (lane % 4);
+#pragma unroll
+    for (int j = 0; j < Config::kDim / 8; ++j)
+      if (8 * j < params.dim_v)
+        *reinterpret_cast<float2*>(to + 8 * j) =
+            make_float2(out[4 * j + 2 * row] * inverse, out[4 * j + 2 * row + 1] * inverse);
   }
 }
 

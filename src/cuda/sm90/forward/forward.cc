@@ -4,125 +4,270 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <array>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 
 #include "common/scratch.h"
 #include "cuda/common/check.h"
 #include "cuda/common/device.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sm90/forward/grid.h"
 #include "cuda/sm90/forward/launch.h"
 
 namespace adaattn::cuda::sm90 {
 namespace {
 
+using Args = adaattn_forward_args;
+
 bool has_elements(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] > 0; }
 
-double scale_of(const adaattn_forward_args& args) {
+std::int64_t dim_of(const Args& args) { return std::max(args.q.shape[3], args.v.shape[3]); }
+
+double scale_of(const Args& args) {
   return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
 }
 
-bool tiles_differ(const adaattn_forward_args& args) {
-  const adaattn_options& o = args.options;
-  return o.causal != 0 || o.window_left >= 0 || o.window_right >= 0 || args.key_lengths != nullptr;
-}
+// Each use of the kernel, by a function that calls visit with the configuration that a problem takes.
+struct Usual {
+  static constexpr char kName[] = "sm90_forward";
+  template <typename Visitor>
+  static void with_config(const Args& args, const Visitor& visit) {
+    const std::int64_t dim = dim_of(args);
+    if (dim <= 64) return visit(Dim64{});
+    if (dim > 128) return visit(Dim256{});
+    if (tiles_differ(args)) return visit(Dim128Masked{});
+    visit(Dim128{});
+  }
+};
 
-unsigned* lay_out(const adaattn_forward_args& args, Scratch& scratch) {
-  return tiles_differ(args) ? scratch.take<unsigned>(1) : nullptr;
+template <typename Config64, typename Config128, typename Config256>
+struct ByHeadSize {
+  template <typename Visitor>
+  static void with_config(const Args& args, const Visitor& visit) {
+    const std::int64_t dim = dim_of(args);
+    if (dim <= 64) return visit(Config64{});
+    if (dim > 128) return visit(Config256{});
+    visit(Config128{});
+  }
+};
+struct Few : ByHeadSize<Few64, Few128, Few256> {
+  static constexpr char kName[] = "sm90_few_rows";
+};
+struct Short : ByHeadSize<Short64, Short128, Short128> {
+  static constexpr char kName[] = "sm90_short";
+};
+struct Any : ByHeadSize<Any64, Any128, Any256> {
+  static constexpr char kName[] = "sm90_masks";
+};
+struct Early : ByHeadSize<Dim128Early, Dim128Early, Dim128Early> {
+  static constexpr char kName[] = "sm90_early_turns";
+};
+struct Parts : ByHeadSize<Dim128Parts, Dim128Parts, Dim128Parts> {
+  static constexpr char kName[] = "sm90_last_wave";
+};
+
+MaskView view_of(const adaattn_tensor& mask, std::int32_t dtype) {
+  MaskView view{};
+  if (mask.data == nullptr) return view;
+  view.data = mask.data;
+  for (int axis = 0; axis < 4; ++axis) view.stride[axis] = mask.shape[axis] == 1 ? 0 : mask.stride[axis];
+  view.kind = mask.dtype == ADAATTN_BOOL ? MaskView::kBool
+              : mask.dtype == dtype      ? MaskView::kElement
+                                         : MaskView::kFloat;
+  return view;
 }
 
 template <typename Config>
-void fill(ForwardParams& params, const adaattn_forward_args& args) {
-  params.q = make_tensor_map(args.q, Config::kQueries);
+ForwardParams make_params(const Args& args, const TileGrid& grid) {
+  ForwardParams params{};
+  params.grid = grid;
+  if constexpr (Config::kPacks)
+    params.q = make_packed_tensor_map(args.q, grid.group, grid.pack_heads, grid.pack_tokens);
+  else
+    params.q = make_tensor_map(args.q, Config::kQueries);
   // Without keys no block of them is ever copied, but the kernel's parameters need some map.
   params.k = has_elements(args.k) ? make_tensor_map(args.k, Config::kKeys) : params.q;
   params.v = has_elements(args.v) ? make_tensor_map(args.v, Config::kKeys) : params.q;
-  params.tiles_per_head = (params.query_count + Config::kQueries - 1) / Config::kQueries;
+  params.out = args.out.data;
+  std::copy_n(args.out.stride, 3, params.out_stride);
+  params.lse = args.lse, params.entropy = args.entropy, params.max_probability = args.max_probability;
+  params.scale_log2 = static_cast<float>(scale_of(args) * 1.4426950408889634);
+  // A scale of 0 becomes the least normal number: it makes all scores alike, and those of hidden keys stay -inf.
+  if (!Config::kMasks) params.scale_log2 = std::max(params.scale_log2, FLT_MIN);
+  params.dim_v = static_cast<int>(args.v.shape[3]);
+  params.mask = view_of(args.mask, args.q.dtype);
+  return params;
 }
 
-// As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB); one where all
-// tiles take the same time and order does not matter.
-int heads_at_once(const adaattn_forward_args& args) {
-  if (!tiles_differ(args)) return 1;
-  constexpr std::int64_t kBytes = 24 << 20;
-  const std::int64_t head = std::max<std::int64_t>(1, args.k.shape[2] * (args.k.shape[3] + args.v.shape[3]) * 2);
-  const std::int64_t key_heads = std::clamp<std::int64_t>(kBytes / head, 1, args.k.shape[0] * args.k.shape[1]);
-  return static_cast<int>(key_heads * (args.q.shape[1] / args.k.shape[1]));
+// What the workspace holds.
+struct ForwardArrays {
+  unsigned* next_item;
+  RowResult* part_rows;
+  float* part_out;
+};
+
+template <typename Config>
+ForwardArrays lay_out(const adaattn_forward_args& args, const TileGrid& grid, Scratch& scratch) {
+  ForwardArrays arrays{};
+  if (tiles_differ(args)) arrays.next_item = scratch.take<unsigned>(1);
+  if (grid.parts > 1) {
+    const auto rows = static_cast<std::size_t>(item_count(grid) - grid.whole_tiles) * Config::kQueries;
+    arrays.part_rows = scratch.take<RowResult>(rows);
+    arrays.part_out = scratch.take<float>(rows * static_cast<std::size_t>(args.v.shape[3]));
+  }
+  return arrays;
 }
 
 template <typename T, typename Config>
-void launch(ForwardParams& params, const adaattn_forward_args& args) {
-  fill<Config>(params, args);
+void launch(const Args& args) {
+  const Device device = current_device();
+  const TileGrid grid = make_grid<Config>(args, device.multiprocessors);
+  ForwardParams params = make_params<Config>(args, grid);
+  Scratch scratch(args.workspace);
+  const ForwardArrays arrays = lay_out<Config>(args, grid, scratch);
+  params.part_rows = arrays.part_rows, params.part_out = arrays.part_out;
+  const int items = item_count(grid), blocks = std::min(items, device.multiprocessors * Config::kBlocks);
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const int tiles = params.batch * params.heads * params.tiles_per_head;
-  const int blocks = std::min(tiles, current_device().multiprocessors);
-  if (blocks == tiles) params.next_tile = nullptr;
-  if (params.next_tile != nullptr)
-    ADAATTN_CUDA_CHECK(cudaMemsetAsync(params.next_tile, 0, sizeof(*params.next_tile), stream));
-  launch_forward<T, Config>(params, blocks, stream);
+  if (blocks < items && arrays.next_item != nullptr) {
+    params.next_item = arrays.next_item;
+    ADAATTN_CUDA_CHECK(cudaMemsetAsync(params.next_item, 0, sizeof(*params.next_item), stream));
+  }
+  launch_forward<T, Config>(params, {.device = device.index, .blocks = blocks, .stream = stream});
 }
 
-template <typename T>
-void launch_for_dim(ForwardParams& params, const adaattn_forward_args& args) {
-  const std::int64_t dim = std::max(args.q.shape[3], args.v.shape[3]);
-  if (dim <= 64) return launch<T, Dim64>(params, args);
-  if (dim > 128) return launch<T, Dim256>(params, args);
-  if (tiles_differ(args)) return launch<T, Dim128Masked>(params, args);
-  launch<T, Dim128>(params, args);
+template <typename Use>
+std::size_t workspace(const Args& args) {
+  if (!has_elements(args.out)) return 0;
+  Scratch scratch(nullptr);
+  Use::with_config(args, [&]<typename Config>(Config) {
+    lay_out<Config>(args, make_grid<Config>(args, current_device().multiprocessors), scratch);
+  });
+  return scratch.bytes();
 }
 
-}  // namespace
+template <typename Use>
+void run(const Args& args) {
+  if (!has_elements(args.out)) return;
+  Use::with_config(args, [&]<typename Config>(Config) {
+    if (args.q.dtype == ADAATTN_BFLOAT16)
+      launch<__nv_bfloat16, Config>(args);
+    else
+      launch<__half, Config>(args);
+  });
+}
 
-Reasons declines_forward(const adaattn_forward_args& args) {
+template <typename Use>
+bool named(const Args& args) {
+  return args.options.kernel != nullptr && std::strcmp(args.options.kernel, Use::kName) == 0;
+}
+
+Reasons declines_any(const Args& args) {
   constexpr std::int64_t kMostTokens = 1 << 30, kMostTiles = 1 << 30;
   const std::int64_t heads = args.q.shape[0] * args.q.shape[1], nq = args.q.shape[2], nk = args.k.shape[2];
   const auto multiple_of_8_to_256 = [](std::int64_t dim) { return dim % 8 == 0 && dim <= 256; };
   return Reasons()
       .unless(args.q.dtype == ADAATTN_FLOAT16 || args.q.dtype == ADAATTN_BFLOAT16, "takes float16 and bfloat16 only")
-      .unless(args.mask.data == nullptr, "takes no mask tensor")
-      .unless(args.entropy == nullptr && args.max_probability == nullptr,
-              "computes neither entropy nor max_probability")
       .unless(multiple_of_8_to_256(args.q.shape[3]) && multiple_of_8_to_256(args.v.shape[3]),
               "D and Dv must be multiples of 8, at most 256")
       .unless(
           tensor_map_fits(args.q) && tensor_map_fits(args.k) && tensor_map_fits(args.v) && tensor_map_fits(args.out),
           "q, k, v and out need a contiguous dim, positive strides that are multiples of 16 bytes, and data on 16 "
           "bytes")
-      .unless(scale_of(args) >= 0, "takes no negative scale")
       .unless(nq <= kMostTokens && nk <= kMostTokens && heads <= kMostTiles / (nq / 64 + 1),
               "too many tokens or heads");
 }
 
-std::size_t forward_workspace(const adaattn_forward_args& args) {
-  Scratch scratch(nullptr);
-  lay_out(args, scratch);
-  return scratch.bytes();
+bool has_extras(const Args& args) {
+  return args.mask.data != nullptr || args.entropy != nullptr || args.max_probability != nullptr;
 }
 
-void forward(const adaattn_forward_args& args) {
-  if (!has_elements(args.out)) return;
-  Scratch scratch(args.workspace);
-  ForwardParams params{};
-  params.out = args.out.data;
-  std::copy_n(args.out.stride, 3, params.out_stride);
-  params.lse = args.lse;
-  params.key_lengths = args.key_lengths;
-  params.next_tile = lay_out(args, scratch);
-  // A scale of 0 becomes the least normal number: it makes all scores alike, and those of hidden keys stay -inf.
-  params.scale_log2 = std::max(static_cast<float>(scale_of(args) * 1.4426950408889634), FLT_MIN);
-  params.batch = static_cast<int>(args.q.shape[0]);
-  params.heads = static_cast<int>(args.q.shape[1]);
-  params.group = static_cast<int>(args.q.shape[1] / args.k.shape[1]);
-  params.query_count = static_cast<int>(args.q.shape[2]);
-  params.key_count = static_cast<int>(args.k.shape[2]);
-  params.dim_v = static_cast<int>(args.v.shape[3]);
-  params.visibility = make_visibility(args.options, args.q.shape[2], args.k.shape[2]);
-  params.bottom_right = args.options.alignment == ADAATTN_BOTTOM_RIGHT;
-  params.heads_at_once = heads_at_once(args);
-  if (args.q.dtype == ADAATTN_BFLOAT16)
-    launch_for_dim<__nv_bfloat16>(params, args);
-  else
-    launch_for_dim<__half>(params, args);
+Reasons declines_plain(const Args& args) {
+  return declines_any(args)
+      .unless(args.mask.data == nullptr, "takes no mask tensor")
+      .unless(args.entropy == nullptr && args.max_probability == nullptr,
+              "computes neither entropy nor max_probability")
+      .unless(scale_of(args) >= 0, "takes no negative scale");
 }
+
+// The copy engine's strides end at 2^40 bytes; the one from key head to key head of packed queries is group times a
+// head's.
+Reasons declines_packed(const Args& args, Reasons reasons) {
+  const bool fits = args.q.shape[1] <= 1 || args.q.stride[1] < (std::int64_t{1} << 39) / args.q.shape[1];
+  return reasons.unless(fits, "the heads of q lie too far apart");
+}
+
+std::int64_t multiprocessors() { return current_device().multiprocessors; }
+
+// Few rows: those of a group fit one tile, or the usual tiles would leave half the multiprocessors idle.
+bool has_few_rows(const Args& args) {
+  if (!has_elements(args.out)) return false;
+  const std::int64_t group = args.q.shape[1] / args.k.shape[1], nq = args.q.shape[2];
+  if (nq * group <= 64) return true;
+  std::int64_t tiles = 0;
+  Usual::with_config(args, [&]<typename Config>(Config) {
+    tiles = args.q.shape[0] * args.q.shape[1] * ((nq + Config::kQueries - 1) / Config::kQueries);
+  });
+  return 2 * tiles <= multiprocessors();
+}
+
+Reasons declines_few(const Args& args) {
+  const Reasons reasons = declines_packed(args, declines_plain(args));
+  if (!reasons.empty() || named<Few>(args)) return reasons;
+  return Reasons(reasons).unless(has_few_rows(args), "leaves what fills the multiprocessors to sm90_forward");
+}
+
+Reasons declines_short(const Args& args) {
+  Reasons reasons = declines_plain(args);
+  reasons.unless(dim_of(args) <= 128, "D and Dv must be at most 128");
+  if (!reasons.empty() || named<Short>(args)) return reasons;
+  return reasons.unless(dim_of(args) <= 64 && args.q.shape[2] <= 512 && args.k.shape[2] <= 512,
+                        "leaves more than 512 tokens, and D over 64, to sm90_forward");
+}
+
+Reasons declines_masks(const Args& args) {
+  const Reasons reasons = declines_packed(args, declines_any(args));
+  if (!reasons.empty() || named<Any>(args)) return reasons;
+  return Reasons(reasons).unless(has_extras(args) || scale_of(args) < 0,
+                                 "leaves calls without a mask tensor and row statistics to sm90_forward");
+}
+
+// Variants that wait to be measured run only when they are asked for.
+template <typename Use>
+Reasons declines_variant(const Args& args) {
+  const std::int64_t dim = dim_of(args);
+  return declines_plain(args)
+      .unless(dim <= 128, "D and Dv must be at most 128")
+      .unless(named<Use>(args), "runs only when it is named");
+}
+
+Reasons needs_sm90() {
+  return Reasons().unless(current_device_is(90), "needs a current device of compute capability 9.0 (H100, H200)");
+}
+
+template <typename Use>
+constexpr ForwardKernel row(const char* summary, Reasons (*declines)(const Args&)) {
+  return {.name = Use::kName,
+          .summary = summary,
+          .device = ADAATTN_CUDA,
+          .unavailable = needs_sm90,
+          .declines = declines,
+          .workspace = workspace<Use>,
+          .run = run<Use>};
+}
+
+constexpr std::array kRows = {
+    row<Few>("exact, 16 bits on Hopper tensor cores; few query rows: heads of a group share tiles, keys are split",
+             declines_few),
+    row<Short>("exact, 16 bits on Hopper tensor cores; short sequences, D in steps of 8 to 128", declines_short),
+    row<Usual>("exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 256", declines_plain),
+    row<Any>("exact, 16 bits on Hopper tensor cores; mask tensors, entropy and max_probability", declines_masks),
+    row<Early>("sm90_forward with turns passed on before a consumer's products end", declines_variant<Early>),
+    row<Parts>("sm90_forward with the last wave of tiles split over keys", declines_variant<Parts>)};
+
+}  // namespace
+
+std::span<const ForwardKernel> forward_rows() { return kRows; }
 
 }  // namespace adaattn::cuda::sm90

@@ -1,14 +1,13 @@
-// Exact forward attention on sm_90a: what the implementation table calls.
+// Exact forward attention on sm_90a: what the implementation table calls. One instance of the kernel for each use; each
+// leaves to the others what they are better at, unless options.kernel names it.
 #pragma once
 
-#include <cstddef>
+#include <span>
 
 #include "dispatch/kernel_table.h"
 
 namespace adaattn::cuda::sm90 {
 
-Reasons declines_forward(const adaattn_forward_args& args);
-std::size_t forward_workspace(const adaattn_forward_args& args);
-void forward(const adaattn_forward_args& args);
+std::span<const ForwardKernel> forward_rows();
 
 }  // namespace adaattn::cuda::sm90

@@ -3,7 +3,7 @@
 
 namespace adaattn::cuda::sm90 {
 
-template void launch_forward<__nv_bfloat16, Dim64>(const ForwardParams&, int, cudaStream_t);
-template void launch_forward<__half, Dim64>(const ForwardParams&, int, cudaStream_t);
+template void launch_forward<__nv_bfloat16, Dim64>(const ForwardParams&, const ForwardLaunch&);
+template void launch_forward<__half, Dim64>(const ForwardParams&, const ForwardLaunch&);
 
 }  // namespace adaattn::cuda::sm90

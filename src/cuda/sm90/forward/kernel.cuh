@@ -13,14 +13,15 @@
 #include "cuda/common/ptx/wgmma_ss.cuh"
 #include "cuda/sm90/forward/config.h"
 #include "cuda/sm90/forward/epilogue.cuh"
-#include "cuda/sm90/forward/schedule.cuh"
+#include "cuda/sm90/forward/mask.cuh"
 #include "cuda/sm90/forward/softmax.cuh"
+#include "cuda/sm90/forward/tile_plan.h"
 
 namespace adaattn::cuda::sm90 {
 
 template <typename Config>
 __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShared<Config>& shared) {
-  constexpr std::uint32_t kQueryBytes = sizeof(shared.q), kBlockBytes = sizeof(shared.k[0]);
+  constexpr std::uint32_t kBlockBytes = sizeof(shared.k[0]);
   ptx::RingPlace<Config::kStages> k_place, v_place;
   ptx::RingPlace<1> q_place;
 
@@ -31,7 +32,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
     ptx::arrive_and_expect(full[place.stage], kBlockBytes);
     for (int chunk = 0; chunk < Config::kChunks; ++chunk)
       ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk,
-                    block_of_step(plan, step) * Config::kKeys, plan.head / params.group, plan.batch);
+                    block_of_step(plan, step) * Config::kKeys, plan.key_head, plan.batch);
     place.advance();
   };
   const auto load_k = [&](const TilePlan& plan, int step) {
@@ -41,14 +42,30 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
     load_block(shared.v, shared.v_full, shared.v_empty, v_place, params.v, plan, step);
   };
 
-  const int tile_count = params.batch * params.heads * params.tiles_per_head;
-  for (int tile = blockIdx.x;;) {
+  // What a row box holds is copied, and counted, also where it reaches past the tensor. Rows of the tile after it keep
+  // what they had: nothing reads their results.
+  const auto load_queries = [&](const TilePlan& plan) {
+    if constexpr (Config::kPacks) {
+      const int rows = params.grid.pack_heads * params.grid.pack_tokens;
+      ptx::arrive_and_expect(shared.q_full, static_cast<std::uint32_t>(rows * Config::kChunks * 128));
+      for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+        ptx::load_box(shared.q[chunk], params.q, shared.q_full, 64 * chunk,
+                      plan.head - plan.key_head * params.grid.group, plan.first_query, plan.key_head, plan.batch);
+    } else {
+      ptx::arrive_and_expect(shared.q_full, sizeof(shared.q));
+      for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+        ptx::load_box(shared.q[chunk], params.q, shared.q_full, 64 * chunk, plan.first_query, plan.head, plan.batch);
+    }
+  };
+
+  const int items = item_count(params.grid);
+  for (int item = blockIdx.x;;) {
     TilePlan plan{.first_query = -1};
-    int next_tile = tile + static_cast<int>(gridDim.x);
-    if (tile < tile_count) {
+    int next_item = item + static_cast<int>(gridDim.x);
+    if (item < items) {
       // Asked for early: the answer takes a while, and is not needed before this tile's last load.
-      if (params.next_tile != nullptr) next_tile = static_cast<int>(gridDim.x + atomicAdd(params.next_tile, 1u));
-      plan = plan_tile<Config>(params, tile);
+      if (params.next_item != nullptr) next_item = static_cast<int>(gridDim.x + atomicAdd(params.next_item, 1u));
+      plan = plan_item<Config>(params.grid, item);
     }
     if (plan.first_query >= 0 && plan.steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
     ptx::wait(shared.q_empty, q_place.parity ^ 1);
@@ -56,14 +73,12 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
     shared.plan = plan;
     if (plan.first_query < 0) return ptx::arrive(shared.q_full);
 
-    ptx::arrive_and_expect(shared.q_full, kQueryBytes);
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
-      ptx::load_box(shared.q[chunk], params.q, shared.q_full, 64 * chunk, plan.first_query, plan.head, plan.batch);
+    load_queries(plan);
     for (int step = 0; step < plan.steps; ++step) {
       if (step + 1 < plan.steps) load_k(plan, step + 1);
       load_v(plan, step);
     }
-    tile = next_tile;
+    item = next_item;
   }
 }
 
@@ -87,16 +102,21 @@ __device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2],
   ptx::wgmma_commit();
 }
 
-// out += p v, one group of products.
-template <typename T, typename Config>
+// out += p v, one group of products. Calls pass_turn with kEarlyTurn of them still to be started.
+template <typename T, typename Config, typename PassTurn>
 __device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2], std::uint32_t (&p)[Config::kKeys / 4],
-                                             ColumnMajor<Config> v) {
+                                             ColumnMajor<Config> v, const PassTurn& pass_turn) {
+  constexpr int kProducts = Config::kKeys / 16;
   ptx::pin_registers(out);
   ptx::pin_registers(p);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Config::kKeys / 16; ++i) ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
+  for (int i = 0; i < kProducts; ++i) {
+    if (Config::kEarlyTurn > 0 && i == kProducts - Config::kEarlyTurn) pass_turn();
+    ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
+  }
   ptx::wgmma_commit();
+  if (Config::kEarlyTurn == 0) pass_turn();
 }
 
 // Values at and after the key length may be anything, and 0 * NaN is NaN: write zeros over them. Only the first block a
@@ -128,25 +148,37 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     q_place.advance();
     const TilePlan& plan = shared.plan;  // until q_empty; registers are scarce
     if (plan.first_query < 0) return;
-    const TilePlan kept{.first_query = plan.first_query, .head = plan.head, .batch = plan.batch};
+    TilePlan kept{};
+    kept.first_query = plan.first_query, kept.head = plan.head, kept.batch = plan.batch;
+    if constexpr (Config::kPacks) kept.pack_heads = plan.pack_heads;
+    if constexpr (Config::kParts) kept.part = plan.part;
 
-    const StripPlan strip = plan_strip<Config>(params, plan, consumer);
-    const auto first_row = [&] {
+    const StripPlan strip = plan_strip<Config>(params.grid, plan, consumer);
+    const auto tile_row = [&] {
       const int thread = ptx::thread_in_warpgroup();
-      return kept.first_query + 64 * consumer + 16 * (thread / 32) + thread % 32 / 4;
+      return 64 * consumer + 16 * (thread / 32) + thread % 32 / 4;
     };
-    const auto hide_unseen = [&](float(&scores)[kKeys / 2], int step) {
+    const auto finish_scores = [&](float(&scores)[kKeys / 2], int step) {
       const int block = block_of_step(plan, step);
+      const int first_key = block * kKeys + 2 * (ptx::thread_in_warpgroup() % 4);
+      const Visibility visibility = visibility_of(params.grid, plan.key_count);
+      if constexpr (Config::kMasks) {
+        const RowPlace rows[2] = {place_of_row<Config>(params.grid, kept, tile_row()),
+                                  place_of_row<Config>(params.grid, kept, tile_row() + 8)};
+        scale_and_mask<T>(scores, params, kept.batch, rows, visibility, first_key);
+      }
       if (block >= strip.full_begin && block < strip.full_end) return;
-      hide(scores, visibility_of(params, plan.key_count), first_row(),
-           block * kKeys + 2 * (ptx::thread_in_warpgroup() % 4));
+      const int queries[2] = {query_of_row<Config>(params.grid, kept.first_query, tile_row()),
+                              query_of_row<Config>(params.grid, kept.first_query, tile_row() + 8)};
+      hide(scores, visibility, queries, first_key);
     };
+    const float scale_log2 = Config::kMasks ? 1.0f : params.scale_log2;
     float out[Config::kDim / 2];
 #pragma unroll
     for (float& value : out) value = 0.0f;
     RowState state;
 
-    if (plan.key_count < params.key_count && plan.steps > 0)
+    if (plan.key_count < params.grid.key_count && plan.steps > 0)
       if (const int tail = plan.key_count - block_of_step(plan, 0) * kKeys; tail < kKeys) {
         ptx::wait(shared.v_full[v_place.stage], v_place.parity);
         clear_tail(shared, v_place.stage, tail);
@@ -175,9 +207,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       ptx::pin_registers(scores);
       release(shared.k_empty[k_place.stage]);
       k_place.advance();
-      hide_unseen(scores, strip.first_step);
+      finish_scores(scores, strip.first_step);
       const float first_tops[2] = {row_max(scores, 0), row_max(scores, 1)};
-      exponentiate(scores, first_tops, state, correction, params.scale_log2);
+      exponentiate<Config::kMasks>(scores, first_tops, state, correction, scale_log2);
       pack_operand<T>(p, scores);
 
       if (strip.first_step + 1 < plan.steps) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
@@ -188,13 +220,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
         start_scores<T, Config>(scores, q, k);
         ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-        start_output<T, Config>(out, p, v);
-        if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
+        start_output<T, Config>(out, p, v, [&] {
+          if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
+        });
         ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
         release(shared.k_empty[k_place.stage]);
         k_place.advance();
-        hide_unseen(scores, step);
+        finish_scores(scores, step);
         const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
         // Here and not where they are needed: the wait's loop ends a block of code, so that the assembler leaves the
         // maxima above the next wait, to overlap with P V. What follows it is bound by the exponentials, one every
@@ -204,13 +237,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         ptx::pin_registers(out);
         release(shared.v_empty[v_place.stage]);
         v_place.advance();
-        exponentiate(scores, tops, state, correction, params.scale_log2);
+        exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
         rescale(out, correction);
         pack_operand<T>(p, scores);
       }
       ptx::arrive(shared.q_empty);  // every thread: each has read the plan
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])));
+      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])), [] {});
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
       release(shared.v_empty[v_place.stage]);
@@ -218,12 +251,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     } else {
       ptx::arrive(shared.q_empty);
     }
-    store_tile<T, Config>(params, kept, first_row(), out, state);
+    if (Config::kParts && kept.part != TilePlan::kWhole)
+      store_part<Config>(params, kept, tile_row(), out, state);
+    else
+      store_tile<T, Config>(params, kept, tile_row(), out, state);
   }
 }
 
 template <typename T, typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams params) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    forward_kernel(const __grid_constant__ ForwardParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(memory);
   if (threadIdx.x == 0) {
@@ -239,13 +276,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     ptx::publish_barriers();
     ptx::prefetch_map(params.q), ptx::prefetch_map(params.k), ptx::prefetch_map(params.v);
   }
+  // What combines the parts may be launched: it waits for them to be written.
+  if constexpr (Config::kParts) asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
   __syncthreads();
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / ptx::kWarpgroupThreads, 0);
   if (warpgroup == 0) {
-    ptx::give_registers<Config::kProducerRegisters>();
+    if constexpr (Config::kTradesRegisters) ptx::give_registers<Config::kProducerRegisters>();
     if (threadIdx.x == 0) produce(params, shared);
   } else {
-    ptx::take_registers<Config::kConsumerRegisters>();
+    if constexpr (Config::kTradesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     consume<T, Config>(params, shared, warpgroup - 1);
   }
 }

@@ -7,13 +7,45 @@
 
 namespace adaattn::cuda::sm90 {
 
-using Dim64 = ForwardConfig<64, 3, 128, 4>;
-using Dim128 = ForwardConfig<128, 2, 176, 2>;
-using Dim128Masked = ForwardConfig<128, 2, 128, 2>;  // smaller steps waste less at the diagonal
-using Dim256 = ForwardConfig<256, 2, 80, 2>;
+using Dim64 = ForwardConfig<ForwardTile{.dim = 64, .consumers = 3, .keys = 128, .stages = 4}>;
+using Dim128 = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2}>;
+// Smaller steps waste less at the diagonal.
+using Dim128Masked = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 128, .stages = 2}>;
+using Dim256 = ForwardConfig<ForwardTile{.dim = 256, .consumers = 2, .keys = 80, .stages = 2}>;
 
-// blocks: blocks of threads, each of which works on tiles until none is left.
+// For few rows: memory bounds them, so they keep as many bytes in flight as fit, in two blocks where those do.
+using Few64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 1, .keys = 128, .stages = 3, .blocks = 2, .packs = true, .parts = true}>;
+using Few128 = ForwardConfig<ForwardTile{
+    .dim = 128, .consumers = 1, .keys = 64, .stages = 3, .blocks = 2, .packs = true, .parts = true}>;
+using Few256 =
+    ForwardConfig<ForwardTile{.dim = 256, .consumers = 1, .keys = 64, .stages = 3, .packs = true, .parts = true}>;
+
+// For short sequences: tiles that waste fewer rows, and blocks of which some compute while others load.
+using Short64 = ForwardConfig<ForwardTile{.dim = 64, .consumers = 1, .keys = 64, .stages = 4, .blocks = 3}>;
+using Short128 = ForwardConfig<ForwardTile{.dim = 128, .consumers = 1, .keys = 64, .stages = 3, .blocks = 2}>;
+
+// Dim128 that passes turns on earlier, so that the next consumer's products are there when this one's end.
+using Dim128Early = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2, .early_turn = 2}>;
+// Dim128 whose last tiles, those that would leave most multiprocessors idle, are worked on in parts.
+using Dim128Parts = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2, .parts = true}>;
+
+// With mask tensors or row statistics.
+using Any64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 2, .keys = 64, .stages = 4, .packs = true, .parts = true, .masks = true}>;
+using Any128 = ForwardConfig<ForwardTile{
+    .dim = 128, .consumers = 2, .keys = 64, .stages = 3, .packs = true, .parts = true, .masks = true}>;
+using Any256 = ForwardConfig<ForwardTile{
+    .dim = 256, .consumers = 2, .keys = 64, .stages = 2, .packs = true, .parts = true, .masks = true}>;
+
+struct ForwardLaunch {
+  int device;  // the current one
+  int blocks;  // of threads, each of which works on items until none is left
+  cudaStream_t stream;
+};
+
+// With tiles in parts, also launches what combines them.
 template <typename T, typename Config>
-void launch_forward(const ForwardParams& params, int blocks, cudaStream_t stream);
+void launch_forward(const ForwardParams& params, const ForwardLaunch& launch);
 
 }  // namespace adaattn::cuda::sm90

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/visibility.h"
+#include "cuda/sm90/forward/tile_plan.h"
 #include "cuda/sm90/registers.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -14,6 +14,7 @@ namespace adaattn::cuda::sm90 {
 struct RowState {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
+  float moment[2] = {0.0f, 0.0f};  // of p log2(p), p relative to the maximum; for the entropy
 };
 
 // NaN wins, so that one NaN score makes its whole row NaN, as in SDPA.
@@ -38,7 +39,7 @@ __device__ __forceinline__ float row_max(const float (&scores)[kCount], int row)
 
 // Scores become probabilities relative to the new maximum of each row, tops being that of these scores. correction is
 // what the output so far has to be multiplied with.
-template <int kCount>
+template <bool kMoment, int kCount>
 __device__ __forceinline__ void exponentiate(float (&scores)[kCount], const float (&tops)[2], RowState& state,
                                              float (&correction)[2], float scale_log2) {
 #pragma unroll
@@ -48,12 +49,20 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kCount], const floa
     const float base = top == -INFINITY ? 0.0f : top;  // rows that have seen no key yet keep -inf - 0
     const float shift = base * scale_log2;
     correction[row] = exp2_fast((before - base) * scale_log2);
-    float sum = 0.0f;
+    float sum = 0.0f, moment = 0.0f;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       float& score = scores[4 * (i / 2) + 2 * row + i % 2];
-      score = exp2_fast(fmaf(score, scale_log2, -shift));
+      const float exponent = fmaf(score, scale_log2, -shift);
+      score = exp2_fast(exponent);
       sum += score;
+      // Below -200 the power is 0, and -inf times it would be NaN.
+      if (kMoment) moment = fmaf(score, fmaxf(exponent, -200.0f), moment);
+    }
+    if (kMoment) {
+      const float moved = (before - base) * scale_log2;
+      const float old = state.sum[row] == 0.0f ? 0.0f : fmaf(state.sum[row], moved, state.moment[row]);
+      state.moment[row] = fmaf(old, correction[row], moment);
     }
     state.sum[row] = fmaf(state.sum[row], correction[row], sum);
   }
@@ -65,24 +74,22 @@ __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&corr
   for (int i = 0; i < kCount; ++i) out[i] *= correction[i / 2 % 2];
 }
 
-// Hides what the query rows first_row and first_row + 8 do not see; first_key is the key of scores[0].
+// Hides what the queries of this thread's two rows do not see; first_key is the key of scores[0].
 template <int kCount>
-__device__ __forceinline__ void hide(float (&scores)[kCount], const Visibility& visibility, int first_row,
+__device__ __forceinline__ void hide(float (&scores)[kCount], const Visibility& visibility, const int (&queries)[2],
                                      int first_key) {
   const bool left_limited = visibility.left < kUnlimited;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const KeyRange seen = visible_keys(visibility, first_row + 8 * row, first_row + 8 * row);
-    const int end = static_cast<int>(seen.end) - first_key;
+    const HiddenKeys hidden = hidden_keys(visibility, queries[row], first_key);
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i)
-      if (8 * (i / 2) + i % 2 >= end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
+      if (8 * (i / 2) + i % 2 >= hidden.end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
     if (!left_limited) continue;
-    const int sink_end = static_cast<int>(seen.sink_end) - first_key, begin = static_cast<int>(seen.begin) - first_key;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       const int key = 8 * (i / 2) + i % 2;
-      if (key < begin && key >= sink_end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
+      if (key < hidden.begin && key >= hidden.sink_end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
     }
   }
 }
