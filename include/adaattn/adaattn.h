@@ -201,7 +201,8 @@ typedef struct adaattn_backward_args {
 } adaattn_backward_args;
 
 /* Merges attention over disjoint sets of keys into attention over their union (what ring attention needs):
- * lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) out_i. Parts with lse -inf do not count. */
+ * lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) out_i. Parts with lse -inf do not count. On CUDA at
+ * most 32 parts at a time, summed in float32. */
 typedef struct adaattn_merge_args {
   const adaattn_tensor* parts;   /* [count] outputs, each [B, H, N, D], all of one dtype */
   const float* const* part_lses; /* [count], each [B, H, N] contiguous */
@@ -209,7 +210,7 @@ typedef struct adaattn_merge_args {
   adaattn_tensor out;            /* [B, H, N, D] dtype of the parts; may be one of them */
   float* lse;                    /* [B, H, N] contiguous, or NULL; may be one of part_lses */
   int32_t num_threads;
-  void* stream;
+  void* stream; /* cudaStream_t for CUDA tensors, else NULL */
 } adaattn_merge_args;
 
 /* What adaattn_measure looks at; or-ed together. Each states its price, adaattn_head_statistics.work. */

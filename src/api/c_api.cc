@@ -12,6 +12,7 @@
 #include "common/error.h"
 #include "cpu/merge.h"
 #include "cpu/tiled.h"
+#include "cuda/cuda_kernels.h"
 #include "dispatch/kernel_table.h"
 #include "measure/measure.h"
 #include "plan/ladder.h"
@@ -140,7 +141,7 @@ adaattn_status adaattn_backward(const adaattn_backward_args* args) { return run(
 adaattn_status adaattn_merge(const adaattn_merge_args* args) {
   return guarded([&] {
     validate(required(args, "args"));
-    cpu::merge(*args);
+    args->out.device == ADAATTN_CUDA ? cuda::merge(*args) : cpu::merge(*args);
   });
 }
 

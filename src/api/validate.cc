@@ -257,9 +257,6 @@ void validate(const adaattn_merge_args& args) {
   check_output("out", args.out, first, {first.shape[0], first.shape[1], first.shape[2], first.shape[3]},
                "that of parts[0]", Need::kAll);
   check_array("lse", args.lse, 4);
-  if (first.device != ADAATTN_CPU)
-    throw StatusError(ADAATTN_UNSUPPORTED,
-                      concat("parts are on ", device_name(first.device), ", merge takes cpu tensors only"));
 }
 
 void validate(const adaattn_measure_args& args, Need need) {

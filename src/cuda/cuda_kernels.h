@@ -12,6 +12,9 @@ namespace adaattn::cuda {
 std::span<const ForwardKernel> forward_kernels();
 std::span<const BackwardKernel> backward_kernels();
 
+// args as adaattn_merge documents, already validated. Throws where no device can be used, and for more than 32 parts.
+void merge(const adaattn_merge_args& args);
+
 // One line per device: name, compute capability, memory. Empty without a device or driver.
 std::vector<std::string> devices();
 
