@@ -1,7 +1,8 @@
 """Forward attention on the GPU against SDPA's FlashAttention-2 and cuDNN and, where importable, FlashAttention-3.
 
 Interleaved within one process, medians of CUDA event times, fresh N(0, 1) inputs; also each one's error against FP64 on
-a few rows. Prints a table, writes JSON. FLOP count: 4 B H Nq Nk D, halved under a causal mask.
+a few rows. Prints a table, writes JSON. FLOP count: 4 B H Nq Nk D, halved under a causal mask. Calls on few rows are
+bound by memory: TB/s are what q, k, v and out take, once each. Short calls also get the time until the call returns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-from binding import Forward
+from binding import AdaAttnError, Forward
 
 Run = Callable[[], torch.Tensor]
+SHORT_MS = 0.05  # calls that take less wait for the host as often as for the device
 
 
 def grid(dims: list[int], tokens: list[int]) -> list[dict]:
@@ -42,18 +45,35 @@ EXTRA = [
     {"b": 8, "hq": 8, "hk": 8, "nq": 4096, "nk": 4096, "d": 256, "causal": True},
     {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 64, "causal": False},
     {"b": 1, "hq": 16, "hk": 16, "nq": 512, "nk": 512, "d": 64, "causal": True},
+    {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 128, "causal": False},
+    {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 64, "causal": True},
     {"b": 8, "hq": 32, "hk": 8, "nq": 1, "nk": 32768, "d": 128, "causal": False},
+    {"b": 2, "hq": 32, "hk": 32, "nq": 1, "nk": 32768, "d": 128, "causal": False},
+    {"b": 1, "hq": 32, "hk": 8, "nq": 1, "nk": 32768, "d": 128, "causal": False},
+    {"b": 64, "hq": 32, "hk": 8, "nq": 1, "nk": 4096, "d": 128, "causal": False},
+    {"b": 8, "hq": 32, "hk": 8, "nq": 1, "nk": 32768, "d": 64, "causal": False},
+    {"b": 8, "hq": 8, "hk": 4, "nq": 1, "nk": 32768, "d": 256, "causal": False},
+    {"b": 8, "hq": 32, "hk": 8, "nq": 8, "nk": 32768, "d": 128, "causal": False},
+    {"b": 1, "hq": 8, "hk": 8, "nq": 256, "nk": 32768, "d": 128, "causal": False},
 ]
 
 
-def contestants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, Run]:
-    """What takes the problem, by name; each returns its output."""
+def contestants(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, kernels: list[str]
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """What takes the problem, by name; each returns its output. Also why any of our kernels does not."""
     out = torch.empty_like(q)
-    ours = Forward(q, k, v, out, causal=int(causal))
+    failed: dict[str, str] = {}
 
-    def run_ours() -> torch.Tensor:
-        ours()
-        return out
+    def run_ours(kernel: str | None = None) -> Run:
+        options = {} if kernel is None else {"kernel": kernel.encode()}
+        ours = Forward(q, k, v, out, causal=int(causal), **options)
+
+        def call() -> torch.Tensor:
+            ours()
+            return out
+
+        return call
 
     def run_sdpa(backend: SDPBackend) -> Run:
         def call() -> torch.Tensor:
@@ -63,10 +83,15 @@ def contestants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
         return call
 
     runs = {
-        "adaattn": run_ours,
+        "adaattn": run_ours(),
         "cudnn": run_sdpa(SDPBackend.CUDNN_ATTENTION),
         "fa2": run_sdpa(SDPBackend.FLASH_ATTENTION),
     }
+    for kernel in kernels:
+        try:
+            runs[kernel] = run_ours(kernel)
+        except AdaAttnError as reason:
+            failed[kernel] = str(reason)
     try:
         from fa3_fwd_interface import flash_attn_func
     except ImportError:
@@ -79,7 +104,7 @@ def contestants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
             return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
         runs["fa3"] = run_fa3
-    return runs
+    return runs, failed
 
 
 def error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> float:
@@ -124,13 +149,26 @@ def measure(runs: dict[str, Run], rounds: int, burst_ms: float) -> dict[str, flo
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def bench(case: dict, dtype: torch.dtype, rounds: int) -> dict:
+def host_time(run: Run) -> float:
+    """Microseconds until a call returns, launches included, while the device keeps up; median of bursts."""
+    times = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            run()
+        times.append((time.perf_counter() - start) / 50 * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def bench(case: dict, dtype: torch.dtype, rounds: int, kernels: list[str]) -> dict:
     """One row of the table."""
     b, hq, hk, nq, nk, d, causal = (case[key] for key in ("b", "hq", "hk", "nq", "nk", "d", "causal"))
     q = torch.randn(b, hq, nq, d, device="cuda", dtype=dtype)
     k, v = (torch.randn(b, hk, nk, d, device="cuda", dtype=dtype) for _ in range(2))
     flop = 4 * b * hq * nq * nk * d / (2 if causal else 1)
-    runs, errors, failed = contestants(q, k, v, causal), {}, {}
+    (runs, failed), errors = contestants(q, k, v, causal, kernels), {}
     for name, run in list(runs.items()):
         try:
             errors[name] = error(run(), q, k, v, causal)
@@ -138,8 +176,12 @@ def bench(case: dict, dtype: torch.dtype, rounds: int) -> dict:
             failed[name] = str(reason).splitlines()[0]
             del runs[name]
     times = measure(runs, rounds, 40.0)
+    moved = 2 * (2 * q.numel() + 2 * k.numel())  # bytes
     return case | {
+        "chosen": Forward(q, k, v, torch.empty_like(q), causal=int(causal)).chosen(),
         "ms": times,
+        "tb_per_s": {n: moved / t * 1e-9 for n, t in times.items()},
+        "host_us": {n: host_time(run) for n, run in runs.items() if times[n] < SHORT_MS},
         "tflops": {n: flop / t * 1e-9 for n, t in times.items()},
         "error": errors,
         "failed": failed,
@@ -161,6 +203,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-extra", action="store_true", help="only the grid")
+    parser.add_argument("--kernels", nargs="*", default=[], help="rows of our table that join, by name")
     args = parser.parse_args()
     cases = grid(args.dims, args.tokens) + ([] if args.no_extra else EXTRA)
     report = {
@@ -173,7 +216,7 @@ def main() -> None:
     }
     print(f"{report['device']}, {args.dtype}, GEMM {report['gemm_tflops']:.0f} TFLOP/s; TFLOP/s, then relative errors")
     for case in cases:
-        row = bench(case, getattr(torch, args.dtype), args.rounds)
+        row = bench(case, getattr(torch, args.dtype), args.rounds, args.kernels)
         report["rows"].append(row)
         name = "b{b} h{hq}/{hk} n{nq}/{nk} d{d}".format(**case) + (" causal" if case["causal"] else "")
         speeds = "  ".join(f"{n} {t:6.1f}" for n, t in row["tflops"].items())
@@ -182,6 +225,10 @@ def main() -> None:
             *row["failed"].values(),
             flush=True,
         )
+        if case["nq"] <= 16:
+            print(f"{'':36} " + "  ".join(f"{n} {t:6.2f}" for n, t in row["tb_per_s"].items()), "TB/s", flush=True)
+        if row["host_us"]:
+            print(f"{'':36} " + "  ".join(f"{n} {t:6.1f}" for n, t in row["host_us"].items()), "us a call", flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

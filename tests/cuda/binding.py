@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,25 @@ class Forward(_Call):
         lse: torch.Tensor | None = None,
         *,
         key_lengths: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        entropy: torch.Tensor | None = None,
+        max_probability: torch.Tensor | None = None,
         **options: object,
     ) -> None:
         args = _library.ForwardArgs(q=view(q), k=view(k), v=view(v), out=view(out))
-        if lse is not None:
-            args.lse = lse.data_ptr()
-        if key_lengths is not None:
-            args.key_lengths = key_lengths.data_ptr()
-        super().__init__("forward", args, [q, k, v, out, lse, key_lengths], q.device, **options)
+        if mask is not None:
+            args.mask = view(mask)
+        arrays = {"lse": lse, "entropy": entropy, "max_probability": max_probability, "key_lengths": key_lengths}
+        for name, array in arrays.items():
+            if array is not None:
+                setattr(args, name, array.data_ptr())
+        super().__init__("forward", args, [q, k, v, out, mask, arrays], q.device, **options)
+
+    def chosen(self) -> str:
+        """The kernel that takes the call."""
+        text = ctypes.create_string_buffer(1 << 16)
+        check(LIBRARY.adaattn_describe(ctypes.byref(self.args), text, len(text), None))
+        return str(json.loads(text.value)["chosen"])
 
 
 class Backward(_Call):
@@ -106,3 +118,16 @@ class Backward(_Call):
         if key_lengths is not None:
             args.key_lengths = key_lengths.data_ptr()
         super().__init__("backward", args, [q, k, v, out, lse, dout, gradients, key_lengths], q.device, **options)
+
+
+def merge(
+    parts: list[torch.Tensor], lses: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor | None = None
+) -> None:
+    """adaattn_merge on torch's current stream."""
+    views = (_library.Tensor * len(parts))(*map(view, parts))
+    pointers = (ctypes.c_void_p * len(lses))(*(array.data_ptr() for array in lses))
+    args = _library.MergeArgs(parts=ctypes.addressof(views), part_lses=ctypes.addressof(pointers), count=len(parts))
+    args.out = view(out)
+    args.lse = None if lse is None else lse.data_ptr()
+    args.stream = torch.cuda.current_stream().cuda_stream
+    check(LIBRARY.adaattn_merge(ctypes.byref(args)))

@@ -31,18 +31,34 @@ def visible(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, Nq, Dv] and lse [B, H, Nq] in FP64; seen broadcasts to [B, H, Nq, Nk]. Unseen keys do not count,
-    rows that see none are 0 with lse -inf."""
-    group = q.shape[1] // k.shape[1]
-    k64 = k.double().repeat_interleave(group, 1)
-    v64 = v.double().repeat_interleave(group, 1)
+    """out [B, H, Nq, Dv] and lse [B, H, Nq] in FP64; seen and bias broadcast to [B, H, Nq, Nk]. Unseen keys do not
+    count, rows that see none are 0 with lse -inf."""
+    p, lse = softmax(q, k, seen, scale, bias)
+    return p @ v.double().repeat_interleave(q.shape[1] // k.shape[1], 1), lse
+
+
+def softmax(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [B, H, Nq, Nk] and lse [B, H, Nq] of the same."""
+    k64 = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.double() @ k64.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.double()
     scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, -1)
-    p = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
-    return p @ v64, lse
+    return torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None]), lse
 
 
 def gradients(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from binding import Backward, Forward
+from binding import Backward, Forward, merge
 
 
 def filled(*shape: int) -> torch.Tensor:
@@ -11,6 +11,40 @@ def filled(*shape: int) -> torch.Tensor:
     tensor = torch.zeros(*shape, device="cuda", dtype=torch.bfloat16)
     tensor.copy_(torch.randn(shape))
     return tensor
+
+
+def check(*shape: int, keys: tuple[int, int] | None = None, dim: int = 64, **options: object) -> None:
+    """One forward call, [b, h, n] queries and [h, n] keys; both outputs finite."""
+    b, heads, queries = shape
+    key_heads, key_count = keys or (heads, queries)
+    q, k, v = filled(b, heads, queries, dim), filled(b, key_heads, key_count, dim), filled(b, key_heads, key_count, dim)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
+    Forward(q, k, v, out, lse, **options)()
+    torch.cuda.synchronize()
+    assert out.cpu().isfinite().all()
+    assert lse.cpu().isfinite().all()
+
+
+def instances() -> None:
+    """Those of the forward kernel that main() does not choose, and merging."""
+    for dim in (64, 128, 256):
+        check(2, 8, 3, keys=(2, 1500), dim=dim, kernel=b"sm90_few_rows")  # packed, in parts
+        check(1, 5, 1, keys=(1, 300), dim=dim, kernel=b"sm90_few_rows", causal=1, alignment=1)
+        lengths = torch.tensor([700, 33]).cuda()
+        check(2, 8, 3, keys=(2, 1500), dim=dim, kernel=b"sm90_few_rows", key_lengths=lengths)
+        for queries, count in ((3, 1500), (300, 200)):
+            mask = torch.zeros(2, 1, queries, count, dtype=torch.bool, device="cuda")
+            mask.copy_(torch.rand(mask.shape) < 0.7)
+            statistics = {n: torch.zeros(2, 8, queries, device="cuda") for n in ("entropy", "max_probability")}
+            check(2, 8, queries, keys=(2, count), dim=dim, mask=mask, **statistics)
+    for name in (b"sm90_short", b"sm90_early_turns", b"sm90_last_wave"):
+        for dim in (64, 128):
+            check(2, 3, 200, keys=(3, 700), dim=dim, kernel=name)
+            check(2, 70, 130, dim=dim, kernel=name, causal=1)
+    parts, lses = [filled(2, 3, 50, 72) for _ in range(3)], [torch.zeros(2, 3, 50, device="cuda") for _ in range(3)]
+    merge(parts, lses, parts[0], lses[1])
+    torch.cuda.synchronize()
+    assert parts[0].cpu().isfinite().all()
 
 
 def main() -> None:
@@ -27,7 +61,7 @@ def main() -> None:
             out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
             gradients = tuple(torch.zeros_like(t) for t in (q, k, v))
             for lengths in (None, torch.tensor([nk, nk // 3]).cuda()):
-                Forward(q, k, v, out, lse, key_lengths=lengths, **options)()
+                Forward(q, k, v, out, lse, key_lengths=lengths, kernel=b"sm90_forward", **options)()
                 torch.cuda.synchronize()
                 assert out.cpu().isfinite().all()
                 if dim > 128:
@@ -47,6 +81,7 @@ def main() -> None:
                     )()
                     torch.cuda.synchronize()
                     assert all(gradient.cpu().isfinite().all() for gradient in gradients)
+    instances()
     print("done")
 
 

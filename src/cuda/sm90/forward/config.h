@@ -45,7 +45,8 @@ struct ForwardConfig {
   static constexpr int kLeftRegisters = (kLaunchRegisters * kThreads - 128 * kProducerRegisters) / (128 * kConsumers);
   static constexpr int kConsumerRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters / 8 * 8;
   // Consumers start their products in turns. With few keys a step the turns cost more than they order.
-  static constexpr bool kTakeTurns = kConsumers > 1 && !kMasks && kBlocks == 1 && (kDim == 64 || kKeys > 128);
+  static constexpr bool kTakeTurns =
+      kConsumers > 1 && !kMasks && kBlocks == 1 && (kDim == 64 || kKeys > 128 || kEarlyTurn > 0);
 };
 
 template <typename Config>

@@ -61,8 +61,14 @@ struct Short : ByHeadSize<Short64, Short128, Short128> {
 struct Any : ByHeadSize<Any64, Any128, Any256> {
   static constexpr char kName[] = "sm90_masks";
 };
-struct Early : ByHeadSize<Dim128Early, Dim128Early, Dim128Early> {
+struct Early {
   static constexpr char kName[] = "sm90_early_turns";
+  template <typename Visitor>
+  static void with_config(const Args& args, const Visitor& visit) {
+    if (dim_of(args) <= 64) return visit(Dim64Early{});
+    if (tiles_differ(args)) return visit(Dim128MaskedEarly{});
+    visit(Dim128Early{});
+  }
 };
 struct Parts : ByHeadSize<Dim128Parts, Dim128Parts, Dim128Parts> {
   static constexpr char kName[] = "sm90_last_wave";
@@ -198,7 +204,8 @@ Reasons declines_packed(const Args& args, Reasons reasons) {
   return reasons.unless(fits, "the heads of q lie too far apart");
 }
 
-std::int64_t multiprocessors() { return current_device().multiprocessors; }
+// Reasons are listed on machines without such a device, too: then as of an H100.
+std::int64_t multiprocessors() { return current_device_is(90) ? current_device().multiprocessors : 132; }
 
 // Few rows: those of a group fit one tile, or the usual tiles would leave half the multiprocessors idle.
 bool has_few_rows(const Args& args) {

@@ -25,8 +25,12 @@ using Few256 =
 using Short64 = ForwardConfig<ForwardTile{.dim = 64, .consumers = 1, .keys = 64, .stages = 4, .blocks = 3}>;
 using Short128 = ForwardConfig<ForwardTile{.dim = 128, .consumers = 1, .keys = 64, .stages = 3, .blocks = 2}>;
 
-// Dim128 that passes turns on earlier, so that the next consumer's products are there when this one's end.
+// The usual ones, but turns are passed on 128 cycles before a consumer's products end, so that the next consumer's are
+// there by then. That may make turns pay with 128 keys a step, too.
+using Dim64Early = ForwardConfig<ForwardTile{.dim = 64, .consumers = 3, .keys = 128, .stages = 4, .early_turn = 4}>;
 using Dim128Early = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2, .early_turn = 2}>;
+using Dim128MaskedEarly =
+    ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 128, .stages = 2, .early_turn = 2}>;
 // Dim128 whose last tiles, those that would leave most multiprocessors idle, are worked on in parts.
 using Dim128Parts = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2, .parts = true}>;
 

@@ -1,6 +1,9 @@
 // Mask tensors: their terms are read from global memory, one by one, and added to the scores.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
