@@ -18,7 +18,7 @@ constexpr int kCombineWarps = 4;
 // Rows of a tile that can exist: heads are fastest, so rows of queries past the last come last.
 template <typename Config>
 constexpr int combined_rows(const TileGrid& grid) {
-  return Config::kPacks ? std::min(grid.pack_tokens, grid.query_count) * grid.pack_heads : Config::kQueries;
+  return Config::kPacks ? least(grid.pack_tokens, grid.query_count) * grid.pack_heads : Config::kQueries;
 }
 
 template <typename Sum>

@@ -148,11 +148,6 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     q_place.advance();
     const TilePlan& plan = shared.plan;  // until q_empty; registers are scarce
     if (plan.first_query < 0) return;
-    TilePlan kept{};
-    kept.first_query = plan.first_query, kept.head = plan.head, kept.batch = plan.batch;
-    if constexpr (Config::kPacks) kept.pack_heads = plan.pack_heads;
-    if constexpr (Config::kParts) kept.part = plan.part;
-
     const StripPlan strip = plan_strip<Config>(params.grid, plan, consumer);
     const auto tile_row = [&] {
       const int thread = ptx::thread_in_warpgroup();
@@ -163,16 +158,24 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       const int first_key = block * kKeys + 2 * (ptx::thread_in_warpgroup() % 4);
       const Visibility visibility = visibility_of(params.grid, plan.key_count);
       if constexpr (Config::kMasks) {
-        const RowPlace rows[2] = {place_of_row<Config>(params.grid, kept, tile_row()),
-                                  place_of_row<Config>(params.grid, kept, tile_row() + 8)};
-        scale_and_mask<T>(scores, params, kept.batch, rows, visibility, first_key);
+        const RowPlace rows[2] = {place_of_row<Config>(params.grid, plan, tile_row()),
+                                  place_of_row<Config>(params.grid, plan, tile_row() + 8)};
+        scale_and_mask<T>(scores, params, plan.batch, rows, visibility, first_key);
       }
       if (block >= strip.full_begin && block < strip.full_end) return;
-      const int queries[2] = {query_of_row<Config>(params.grid, kept.first_query, tile_row()),
-                              query_of_row<Config>(params.grid, kept.first_query, tile_row() + 8)};
+      const int queries[2] = {query_of_row<Config>(params.grid, plan.first_query, tile_row()),
+                              query_of_row<Config>(params.grid, plan.first_query, tile_row() + 8)};
       hide(scores, visibility, queries, first_key);
     };
     const float scale_log2 = Config::kMasks ? 1.0f : params.scale_log2;
+    // What is needed of the plan after it is given back.
+    TilePlan kept{};
+    const auto give_plan_back = [&] {
+      kept.first_query = plan.first_query, kept.head = plan.head, kept.batch = plan.batch;
+      if constexpr (Config::kPacks) kept.pack_heads = plan.pack_heads;
+      if constexpr (Config::kParts) kept.part = plan.part;
+      ptx::arrive(shared.q_empty);  // every thread: each has read the plan
+    };
     float out[Config::kDim / 2];
 #pragma unroll
     for (float& value : out) value = 0.0f;
@@ -241,7 +244,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         rescale(out, correction);
         pack_operand<T>(p, scores);
       }
-      ptx::arrive(shared.q_empty);  // every thread: each has read the plan
+      give_plan_back();
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
       start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])), [] {});
       ptx::wgmma_wait<0>();
@@ -249,7 +252,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       release(shared.v_empty[v_place.stage]);
       v_place.advance();
     } else {
-      ptx::arrive(shared.q_empty);
+      give_plan_back();
     }
     if (Config::kParts && kept.part != TilePlan::kWhole)
       store_part<Config>(params, kept, tile_row(), out, state);

@@ -2,7 +2,6 @@
 // arithmetic, the same on the host and on the device; Config stands for kQueries, kKeys, kPacks and kParts of config.h.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/visibility.h"
@@ -37,6 +36,10 @@ struct TilePlan {
   static constexpr int kWhole = -1;
 };
 
+// By value: std::min takes addresses, and the compiler keeps what they are of in memory.
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int most(int a, int b) { return a > b ? a : b; }
+constexpr int clamp_int(int value, int low, int high) { return most(low, least(value, high)); }
 constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int pack_count(const TileGrid& grid) {
@@ -80,8 +83,8 @@ constexpr RowPlace place_of_row(const TileGrid& grid, const TilePlan& plan, int 
 constexpr void take_part(TilePlan& plan, int part, int parts) {
   const int begin = static_cast<int>(static_cast<std::int64_t>(plan.steps) * part / parts);
   const int end = static_cast<int>(static_cast<std::int64_t>(plan.steps) * (part + 1) / parts);
-  const int window_steps = std::clamp(plan.window_steps - begin, 0, end - begin);
-  plan.sink_blocks -= std::max(0, begin - plan.window_steps);
+  const int window_steps = clamp_int(plan.window_steps - begin, 0, end - begin);
+  plan.sink_blocks -= most(0, begin - plan.window_steps);
   plan.block_end -= begin;
   plan.window_steps = window_steps;
   plan.steps = end - begin;
@@ -100,7 +103,7 @@ constexpr TilePlan place_of_item(const TileGrid& grid, int item) {
   }
   const int packs = pack_count(grid), tiles = grid.tiles_per_pack;
   const int first_pack = tile / (grid.packs_at_once * tiles) * grid.packs_at_once;
-  const int side_by_side = std::min(grid.packs_at_once, packs - first_pack);
+  const int side_by_side = least(grid.packs_at_once, packs - first_pack);
   const int rest = tile - first_pack * tiles, pack = first_pack + rest % side_by_side;
   plan.first_query = (tiles - 1 - rest / side_by_side) * (Config::kPacks ? grid.pack_tokens : Config::kQueries);
   if (Config::kPacks) {
@@ -109,7 +112,7 @@ constexpr TilePlan place_of_item(const TileGrid& grid, int item) {
     plan.batch = key_head / key_heads;
     plan.key_head = key_head % key_heads;
     plan.head = plan.key_head * grid.group + first_in_group;
-    plan.pack_heads = std::min(grid.pack_heads, grid.group - first_in_group);
+    plan.pack_heads = least(grid.pack_heads, grid.group - first_in_group);
   } else {
     plan.batch = pack / grid.heads;
     plan.head = pack % grid.heads;
@@ -128,13 +131,13 @@ constexpr TilePlan plan_item(const TileGrid& grid, int item) {
 
   const Visibility visibility = visibility_of(grid, plan.key_count);
   const int tokens = Config::kPacks ? grid.pack_tokens : Config::kQueries;
-  const int first = plan.first_query, last = std::min(first + tokens, grid.query_count) - 1;
+  const int first = plan.first_query, last = least(first + tokens, grid.query_count) - 1;
   const KeyRange any = visible_keys(visibility, first, last);
   constexpr int kKeys = Config::kKeys;
   plan.block_end = static_cast<int>((any.end + kKeys - 1) / kKeys);
   const int block_begin = any.begin < any.end ? static_cast<int>(any.begin / kKeys) : plan.block_end;
   plan.window_steps = plan.block_end - block_begin;
-  plan.sink_blocks = std::min(static_cast<int>((any.sink_end + kKeys - 1) / kKeys), block_begin);
+  plan.sink_blocks = least(static_cast<int>((any.sink_end + kKeys - 1) / kKeys), block_begin);
   plan.steps = plan.window_steps + plan.sink_blocks;
   if (Config::kParts && plan.part != TilePlan::kWhole) take_part(plan, plan.part % grid.parts, grid.parts);
   return plan;
@@ -154,13 +157,13 @@ template <typename Config>
 constexpr StripPlan plan_strip(const TileGrid& grid, const TilePlan& plan, int consumer) {
   constexpr int kKeys = Config::kKeys;
   const int first = query_of_row<Config>(grid, plan.first_query, 64 * consumer);
-  int last = std::min(query_of_row<Config>(grid, plan.first_query, 64 * consumer + 63), grid.query_count - 1);
-  if (Config::kPacks) last = std::min(last, plan.first_query + grid.pack_tokens - 1);
+  int last = least(query_of_row<Config>(grid, plan.first_query, 64 * consumer + 63), grid.query_count - 1);
+  if (Config::kPacks) last = least(last, plan.first_query + grid.pack_tokens - 1);
   if (first > last) return {.first_step = plan.steps, .full_begin = 0, .full_end = 0};
   const Visibility visibility = visibility_of(grid, plan.key_count);
   const KeyRange of_first = visible_keys(visibility, first, first), of_last = visible_keys(visibility, last, last);
   const int block_end = static_cast<int>((of_last.end + kKeys - 1) / kKeys);
-  return {.first_step = std::clamp(plan.block_end - block_end, 0, plan.window_steps),
+  return {.first_step = clamp_int(plan.block_end - block_end, 0, plan.window_steps),
           .full_begin = static_cast<int>((of_last.begin + kKeys - 1) / kKeys),
           .full_end = static_cast<int>(of_first.end / kKeys)};
 }
