@@ -58,7 +58,8 @@ SHAPES = [  # b, hq, hk, nq, nk
     (2, 4, 4, 1, 5000),
     (1, 128, 1, 3, 2000),
     (3, 6, 2, 64, 1000),
-    (70, 8, 2, 1, 700),  # more tiles than one wave would hold
+    (70, 8, 2, 1, 700),
+    (300, 2, 1, 1, 2000),  # one wave of whole tiles, and the rest in parts
     (1, 8, 2, 1, 1),
     (1, 2, 2, 300, 9000),  # few long rows: nothing to pack
 ]

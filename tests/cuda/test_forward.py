@@ -85,7 +85,8 @@ SHAPES = [  # b, hq, hk, nq, nk
     (2, 160, 160, 257, 300),  # more tiles than multiprocessors
     (1, 8, 1, 1, 4097),
     (1, 1, 1, 300, 1),
-    (1, 3, 3, 700, 2100),  # tiles in parts, or a last wave of them
+    (1, 3, 3, 700, 2100),  # tiles in parts
+    (1, 140, 140, 100, 3000),  # the last wave of them
 ]
 
 

@@ -20,6 +20,9 @@ void launch_forward(const ForwardParams& params, const ForwardLaunch& launch) {
   static OncePerDevice prepared;
   prepared.run(launch.device, [&] {
     ADAATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    // All of the memory that is shared between L1 and this, or a second block may not fit.
+    ADAATTN_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   });
   kernel<<<launch.blocks, Config::kThreads, kSharedBytes, launch.stream>>>(params);
   ADAATTN_CUDA_CHECK(cudaGetLastError());

@@ -36,20 +36,20 @@ constexpr void choose_packs(TileGrid& grid) {
   if (set(std::min(grid.group, Config::kQueries)) >= single) set(1);
 }
 
-// Steps that the busiest of slots blocks of threads takes with so many tiles in parts.
-constexpr std::int64_t busiest_steps(std::int64_t tiles, int steps, int parts, int slots) {
-  const std::int64_t each = divide_up(steps, parts) + kTileSteps + (parts > 1 ? kPartSteps : 0);
-  return (tiles * parts + slots - 1) / slots * each;
+// Steps that the busiest of slots blocks of threads takes with so many tiles, at most slots, in parts.
+constexpr int busiest_steps(int tiles, int steps, int parts, int slots) {
+  const int each = divide_up(steps, parts) + kTileSteps + (parts > 1 ? kPartSteps : 0);
+  return divide_up(tiles * parts, slots) * each;
 }
 
 // In how many parts to work on tiles of at most so many steps, slots of which run at a time: the least of the costs
-// above, and of equal ones the least parts.
-constexpr int choose_parts(std::int64_t tiles, int steps, int slots) {
-  int best = 1;
-  std::int64_t least = busiest_steps(tiles, steps, 1, slots);
-  for (int parts = 2; parts <= std::min(steps, kMostParts); ++parts) {
-    const std::int64_t cost = busiest_steps(tiles, steps, parts, slots) + kCombineSteps;
-    if (cost < least) best = parts, least = cost;
+// above, and of equal ones the least parts. More rounds gain nothing, and the search is part of each call.
+constexpr int choose_parts(int tiles, int steps, int slots) {
+  constexpr int kMostRounds = 6;
+  int best = 1, fewest = busiest_steps(tiles, steps, 1, slots);
+  for (int parts = 2; parts <= least(steps, kMostParts) && tiles * parts <= kMostRounds * slots; ++parts) {
+    const int cost = busiest_steps(tiles, steps, parts, slots) + kCombineSteps;
+    if (cost < fewest) best = parts, fewest = cost;
   }
   return best;
 }
