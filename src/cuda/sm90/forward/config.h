@@ -22,6 +22,10 @@ struct ForwardTile {
   bool masks = false;  // takes mask tensors, and computes entropy and max_probability
   // A consumer passes its turn on with so many of the products of P V still to be started.
   int early_turn = 0;
+  // Each consumer has its own queries, and goes on to its next ones when it is done, not when all are: consumers stay
+  // half a step apart, so that one's first and last products of a tile meet the other's softmax. They give the queries
+  // back after the last product with them, not after the softmax of what it gave.
+  bool own_queries = false;
 };
 
 // One block of threads works on kQueries rows: a producer warpgroup that copies, and the consumers.
@@ -35,6 +39,9 @@ struct ForwardConfig {
   static constexpr bool kPacks = kTile.packs, kParts = kTile.parts, kMasks = kTile.masks;
   static constexpr int kEarlyTurn = kTile.early_turn;
   static constexpr int kQueries = 64 * kConsumers;
+  static constexpr bool kOwnQueries = kTile.own_queries;
+  static_assert(!kOwnQueries || !kPacks || kConsumers == 1, "the rows of a pack come in one piece");
+  static constexpr int kQueryParts = kOwnQueries ? kConsumers : 1;  // that are loaded, and given back, separately
   static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
@@ -55,16 +62,19 @@ struct ForwardShared {
   alignas(1024) Element q[Config::kChunks][Config::kQueries][64];
   alignas(1024) Element k[Config::kStages][Config::kChunks][Config::kKeys][64];
   alignas(1024) Element v[Config::kStages][Config::kChunks][Config::kKeys][64];
-  std::uint64_t q_full, q_empty;  // q_full also guards the plan
+  std::uint64_t q_full[Config::kQueryParts], q_empty[Config::kQueryParts];  // q_full also guards the plan
   std::uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   std::uint64_t v_full[Config::kStages], v_empty[Config::kStages];
-  TilePlan plan;
+  // Of the tile that these queries are of. Tiles take turns at two places, so that a consumer can give its queries back
+  // and read the plan to the tile's end: the place is written again after it gave the next tile's queries back.
+  TilePlan plan[2][Config::kQueryParts];
 };
 
 // What a launch asks for: the struct without the padding at its end, which can keep a second block of threads out.
 template <typename Config>
 constexpr int shared_bytes() {
-  return static_cast<int>((offsetof(ForwardShared<Config>, plan) + sizeof(TilePlan) + 127) / 128 * 128);
+  return static_cast<int>((offsetof(ForwardShared<Config>, plan) + sizeof(ForwardShared<Config>::plan) + 127) / 128 *
+                          128);
 }
 
 // A mask tensor, broadcast by strides of 0.

@@ -30,18 +30,6 @@ double scale_of(const Args& args) {
 }
 
 // Each use of the kernel, by a function that calls visit with the configuration that a problem takes.
-struct Usual {
-  static constexpr char kName[] = "sm90_forward";
-  template <typename Visitor>
-  static void with_config(const Args& args, const Visitor& visit) {
-    const std::int64_t dim = dim_of(args);
-    if (dim <= 64) return visit(Dim64{});
-    if (dim > 128) return visit(Dim256{});
-    if (tiles_differ(args)) return visit(Dim128Masked{});
-    visit(Dim128{});
-  }
-};
-
 template <typename Config64, typename Config128, typename Config256>
 struct ByHeadSize {
   template <typename Visitor>
@@ -61,14 +49,28 @@ struct Short : ByHeadSize<Short64, Short128, Short128> {
 struct Any : ByHeadSize<Any64, Any128, Any256> {
   static constexpr char kName[] = "sm90_masks";
 };
-struct Early {
-  static constexpr char kName[] = "sm90_early_turns";
+template <typename Config64, typename Config128, typename Config128Masked, typename Config256>
+struct ByMask {
   template <typename Visitor>
   static void with_config(const Args& args, const Visitor& visit) {
-    if (dim_of(args) <= 64) return visit(Dim64Early{});
-    if (tiles_differ(args)) return visit(Dim128MaskedEarly{});
-    visit(Dim128Early{});
+    const std::int64_t dim = dim_of(args);
+    if (dim <= 64) return visit(Config64{});
+    if (dim > 128) return visit(Config256{});
+    if (tiles_differ(args)) return visit(Config128Masked{});
+    visit(Config128{});
   }
+};
+struct Usual : ByMask<Dim64, Dim128, Dim128Masked, Dim256> {
+  static constexpr char kName[] = "sm90_forward";
+};
+struct Early : ByMask<Dim64Early, Dim128Early, Dim128MaskedEarly, Dim256> {
+  static constexpr char kName[] = "sm90_early_turns";
+};
+struct Own : ByMask<Dim64Own, Dim128Own, Dim128MaskedOwn, Dim256Own> {
+  static constexpr char kName[] = "sm90_own_queries";
+};
+struct Both : ByMask<Dim64Both, Dim128Both, Dim128MaskedBoth, Dim256Own> {
+  static constexpr char kName[] = "sm90_own_early";
 };
 struct Parts : ByHeadSize<Dim128Parts, Dim128Parts, Dim128Parts> {
   static constexpr char kName[] = "sm90_last_wave";
@@ -92,7 +94,7 @@ ForwardParams make_params(const Args& args, const TileGrid& grid) {
   if constexpr (Config::kPacks)
     params.q = make_packed_tensor_map(args.q, grid.group, grid.pack_heads, grid.pack_tokens);
   else
-    params.q = make_tensor_map(args.q, Config::kQueries);
+    params.q = make_tensor_map(args.q, Config::kQueries / Config::kQueryParts);
   // Without keys no block of them is ever copied, but the kernel's parameters need some map.
   params.k = has_elements(args.k) ? make_tensor_map(args.k, Config::kKeys) : params.q;
   params.v = has_elements(args.v) ? make_tensor_map(args.v, Config::kKeys) : params.q;
@@ -241,11 +243,11 @@ Reasons declines_masks(const Args& args) {
 }
 
 // Variants that wait to be measured run only when they are asked for.
-template <typename Use>
+template <typename Use, int kMostDim>
 Reasons declines_variant(const Args& args) {
-  const std::int64_t dim = dim_of(args);
+  static_assert(kMostDim == 128 || kMostDim == 256);
   return declines_plain(args)
-      .unless(dim <= 128, "D and Dv must be at most 128")
+      .unless(dim_of(args) <= kMostDim, "D and Dv must be at most 128")
       .unless(named<Use>(args), "runs only when it is named");
 }
 
@@ -270,8 +272,10 @@ constexpr std::array kRows = {
     row<Short>("exact, 16 bits on Hopper tensor cores; short sequences, D in steps of 8 to 128", declines_short),
     row<Usual>("exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 256", declines_plain),
     row<Any>("exact, 16 bits on Hopper tensor cores; mask tensors, entropy and max_probability", declines_masks),
-    row<Early>("sm90_forward with turns passed on before a consumer's products end", declines_variant<Early>),
-    row<Parts>("sm90_forward with the last wave of tiles split over keys", declines_variant<Parts>)};
+    row<Early>("sm90_forward with turns passed on before a consumer's products end", declines_variant<Early, 256>),
+    row<Own>("sm90_forward with consumers that go on to their next queries by themselves", declines_variant<Own, 256>),
+    row<Both>("sm90_own_queries with turns as sm90_early_turns", declines_variant<Both, 256>),
+    row<Parts>("sm90_forward with the last wave of tiles split over keys", declines_variant<Parts, 128>)};
 
 }  // namespace
 

@@ -43,19 +43,27 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
   };
 
   // What a row box holds is copied, and counted, also where it reaches past the tensor. Rows of the tile after it keep
-  // what they had: nothing reads their results.
+  // what they had: nothing reads their results. Without a tile, tells the consumers that there is no more work.
   const auto load_queries = [&](const TilePlan& plan) {
-    if constexpr (Config::kPacks) {
-      const int rows = params.grid.pack_heads * params.grid.pack_tokens;
-      ptx::arrive_and_expect(shared.q_full, static_cast<std::uint32_t>(rows * Config::kChunks * 128));
+    constexpr int kParts = Config::kQueryParts, kRows = Config::kQueries / kParts;
+    for (int part = 0; part < kParts; ++part) {
+      ptx::wait(shared.q_empty[part], q_place.parity ^ 1);
+      shared.plan[q_place.parity][part] = plan;
+      if (plan.first_query < 0) {
+        ptx::arrive(shared.q_full[part]);
+        continue;
+      }
+      const int rows = Config::kPacks ? params.grid.pack_heads * params.grid.pack_tokens : kRows;
+      ptx::arrive_and_expect(shared.q_full[part], static_cast<std::uint32_t>(rows * Config::kChunks * 128));
       for (int chunk = 0; chunk < Config::kChunks; ++chunk)
-        ptx::load_box(shared.q[chunk], params.q, shared.q_full, 64 * chunk,
-                      plan.head - plan.key_head * params.grid.group, plan.first_query, plan.key_head, plan.batch);
-    } else {
-      ptx::arrive_and_expect(shared.q_full, sizeof(shared.q));
-      for (int chunk = 0; chunk < Config::kChunks; ++chunk)
-        ptx::load_box(shared.q[chunk], params.q, shared.q_full, 64 * chunk, plan.first_query, plan.head, plan.batch);
+        if constexpr (Config::kPacks)
+          ptx::load_box(shared.q[chunk], params.q, shared.q_full[part], 64 * chunk,
+                        plan.head - plan.key_head * params.grid.group, plan.first_query, plan.key_head, plan.batch);
+        else
+          ptx::load_box(shared.q[chunk][part * kRows], params.q, shared.q_full[part], 64 * chunk,
+                        plan.first_query + part * kRows, plan.head, plan.batch);
     }
+    q_place.advance();
   };
 
   const int items = item_count(params.grid);
@@ -68,12 +76,8 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
       plan = plan_item<Config>(params.grid, item);
     }
     if (plan.first_query >= 0 && plan.steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
-    ptx::wait(shared.q_empty, q_place.parity ^ 1);
-    q_place.advance();
-    shared.plan = plan;
-    if (plan.first_query < 0) return ptx::arrive(shared.q_full);
-
     load_queries(plan);
+    if (plan.first_query < 0) return;
     for (int step = 0; step < plan.steps; ++step) {
       if (step + 1 < plan.steps) load_k(plan, step + 1);
       load_v(plan, step);
@@ -133,6 +137,7 @@ __device__ __forceinline__ void clear_tail(ForwardShared<Config>& shared, int st
 template <typename T, typename Config>
 __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShared<Config>& shared, int consumer) {
   constexpr int kKeys = Config::kKeys, kTurnThreads = 2 * ptx::kWarpgroupThreads;
+  const int query_part = Config::kQueryParts > 1 ? consumer : 0;
   const int turn = 1 + consumer, next_turn = 1 + (consumer + 1) % Config::kConsumers;
   const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
   const auto release = [&](ptx::Barrier& barrier) {
@@ -144,9 +149,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
 
   if (Config::kTakeTurns && consumer == Config::kConsumers - 1) ptx::barrier_arrive(next_turn, kTurnThreads);
   for (;;) {
-    ptx::wait(shared.q_full, q_place.parity);
+    ptx::wait(shared.q_full[query_part], q_place.parity);
+    const TilePlan& plan = shared.plan[q_place.parity][query_part];  // registers are scarce
     q_place.advance();
-    const TilePlan& plan = shared.plan;  // until q_empty; registers are scarce
     if (plan.first_query < 0) return;
     const StripPlan strip = plan_strip<Config>(params.grid, plan, consumer);
     const auto tile_row = [&] {
@@ -168,14 +173,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       hide(scores, visibility, queries, first_key);
     };
     const float scale_log2 = Config::kMasks ? 1.0f : params.scale_log2;
-    // What is needed of the plan after it is given back.
-    TilePlan kept{};
-    const auto give_plan_back = [&] {
-      kept.first_query = plan.first_query, kept.head = plan.head, kept.batch = plan.batch;
-      if constexpr (Config::kPacks) kept.pack_heads = plan.pack_heads;
-      if constexpr (Config::kParts) kept.part = plan.part;
-      ptx::arrive(shared.q_empty);  // every thread: each has read the plan
-    };
+    const auto give_queries_back = [&] { ptx::arrive(shared.q_empty[query_part]); };  // every thread of the consumer
     float out[Config::kDim / 2];
 #pragma unroll
     for (float& value : out) value = 0.0f;
@@ -215,7 +213,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       exponentiate<Config::kMasks>(scores, first_tops, state, correction, scale_log2);
       pack_operand<T>(p, scores);
 
-      if (strip.first_step + 1 < plan.steps) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+      const auto wait_for_next_keys = [&](int step) {
+        if (step + 1 < plan.steps)
+          ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+        else if constexpr (Config::kOwnQueries)
+          give_queries_back();
+      };
+      wait_for_next_keys(strip.first_step);
 #pragma unroll 1
       for (int step = strip.first_step + 1; step < plan.steps; ++step) {
         const RowMajor<Config> k(address(shared.k[k_place.stage]));
@@ -235,7 +239,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         // Here and not where they are needed: the wait's loop ends a block of code, so that the assembler leaves the
         // maxima above the next wait, to overlap with P V. What follows it is bound by the exponentials, one every
         // eight cycles, and needs to be one block for everything else to find its place between them.
-        if (step + 1 < plan.steps) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
+        wait_for_next_keys(step);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out);
         release(shared.v_empty[v_place.stage]);
@@ -244,7 +248,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         rescale(out, correction);
         pack_operand<T>(p, scores);
       }
-      give_plan_back();
+      if constexpr (!Config::kOwnQueries) give_queries_back();
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
       start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])), [] {});
       ptx::wgmma_wait<0>();
@@ -252,12 +256,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       release(shared.v_empty[v_place.stage]);
       v_place.advance();
     } else {
-      give_plan_back();
+      give_queries_back();
     }
-    if (Config::kParts && kept.part != TilePlan::kWhole)
-      store_part<Config>(params, kept, tile_row(), out, state);
+    if (Config::kParts && plan.part != TilePlan::kWhole)
+      store_part<Config>(params, plan, tile_row(), out, state);
     else
-      store_tile<T, Config>(params, kept, tile_row(), out, state);
+      store_tile<T, Config>(params, plan, tile_row(), out, state);
   }
 }
 
@@ -268,8 +272,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(memory);
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Config::kConsumers;
-    ptx::init_barrier(shared.q_full, 1);
-    ptx::init_barrier(shared.q_empty, ptx::kWarpgroupThreads * Config::kConsumers);
+    for (int part = 0; part < Config::kQueryParts; ++part) {
+      ptx::init_barrier(shared.q_full[part], 1);
+      ptx::init_barrier(shared.q_empty[part], ptx::kWarpgroupThreads * Config::kConsumers / Config::kQueryParts);
+    }
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(shared.k_full[stage], 1);
       ptx::init_barrier(shared.v_full[stage], 1);

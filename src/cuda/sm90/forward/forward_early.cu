@@ -1,4 +1,4 @@
-// Variants of the usual kernels that wait to be measured.
+// Variants that wait to be measured: turns passed on early; the last wave of tiles in parts.
 #include "cuda/sm90/forward/launch.cuh"
 
 namespace adaattn::cuda::sm90 {
