@@ -48,7 +48,7 @@ struct ForwardConfig {
   // number, a multiple of 8; one consumer alone with a producer has enough of them then.
   static constexpr int kLaunchRegisters = 65536 / kBlocks / kThreads / 8 * 8;
   static constexpr bool kTradesRegisters = kLaunchRegisters < 240;
-  static constexpr int kProducerRegisters = kPacks || kBlocks == 2 ? 40 : kConsumers == 3 ? 32 : 24;
+  static constexpr int kProducerRegisters = kPacks || kBlocks == 2 ? 40 : kConsumers == 3 || kBlocks == 3 ? 32 : 24;
   static constexpr int kLeftRegisters = (kLaunchRegisters * kThreads - 128 * kProducerRegisters) / (128 * kConsumers);
   static constexpr int kConsumerRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters / 8 * 8;
   // Consumers start their products in turns. With few keys a step the turns cost more than they order.
