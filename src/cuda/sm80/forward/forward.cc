@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 
 #include "cuda/sm80/forward/launch.h"
@@ -18,13 +17,19 @@ double scale_of(const adaattn_forward_args& args) {
   return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
 }
 
+float scale_log2_of(const adaattn_forward_args& args) {
+  return static_cast<float>(scale_of(args) * 1.4426950408889634);
+}
+
 bool tiles_differ(const adaattn_forward_args& args) {
   const adaattn_options& o = args.options;
   return o.causal != 0 || o.window_left >= 0 || o.window_right >= 0 || args.key_lengths != nullptr;
 }
 
+// The plain kernel takes maxima of scores before they are scaled, and scales the -inf of hidden keys.
 bool is_general(const adaattn_forward_args& args) {
-  return args.mask.data != nullptr || args.entropy != nullptr || args.max_probability != nullptr || scale_of(args) < 0;
+  return args.mask.data != nullptr || args.entropy != nullptr || args.max_probability != nullptr ||
+         !(scale_log2_of(args) > 0);
 }
 
 // As many heads side by side as leave their keys and values about half of an A100's L2 cache; one where all tiles take
@@ -87,9 +92,7 @@ void forward(const adaattn_forward_args& args) {
   params.max_probability = args.max_probability;
   params.key_lengths = args.key_lengths;
   params.mask = make_mask_view(args.mask);
-  params.scale_log2 = static_cast<float>(scale_of(args) * 1.4426950408889634);
-  // A scale of 0 becomes the least normal number: it makes all scores alike, and those of hidden keys stay -inf.
-  if (!is_general(args)) params.scale_log2 = std::max(params.scale_log2, FLT_MIN);
+  params.scale_log2 = scale_log2_of(args);
   params.batch = static_cast<int>(args.q.shape[0]);
   params.heads = static_cast<int>(args.q.shape[1]);
   params.group = static_cast<int>(args.q.shape[1] / args.k.shape[1]);
