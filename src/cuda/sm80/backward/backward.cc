@@ -157,7 +157,7 @@ void backward(const adaattn_backward_args& args) {
     Scratch scratch(args.workspace);
     const Arrays arrays = lay_out<Config>(args, scratch);
     const BackwardParams params = main_params<Config>(args, arrays);
-    if (has_elements(args.q)) ADAATTN_CUDA_CHECK(cudaMemsetAsync(arrays.dq, 0, arrays.zeroed_bytes, stream));
+    if (arrays.zeroed_bytes > 0) ADAATTN_CUDA_CHECK(cudaMemsetAsync(arrays.dq, 0, arrays.zeroed_bytes, stream));
     if (args.q.dtype == ADAATTN_BFLOAT16)
       launch<__nv_bfloat16, Config>(args, params);
     else
