@@ -34,8 +34,8 @@ template <int kDim, bool kBelow>
 struct Operand {
   std::uint32_t base;
 
-  __device__ __forceinline__ explicit Operand(std::uint32_t tile) {
-    const unsigned lane = threadIdx.x % 32;
+  __device__ __forceinline__ explicit Operand(std::uint32_t tile, unsigned thread = threadIdx.x) {
+    const unsigned lane = thread % 32;
     const unsigned row = kBelow ? lane % 16 : lane % 8 + lane / 16 * 8, right = kBelow ? lane / 16 : lane / 8 % 2;
     base = tile + row * kDim * 2 + ((right ^ (row % 8)) << 4);
   }

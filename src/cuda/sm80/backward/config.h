@@ -34,10 +34,16 @@ struct KeyPlan {
   Reach reach;
 };
 
+// A place in the walk over the query tiles of a plan, one after the other, head by head.
+struct QueryPlace {
+  int head, tile;
+};
+
 template <typename Config>
 struct BackwardShared {
   using Element = std::uint16_t;
   struct Stage {  // one tile of queries
+    QueryPlace place;
     alignas(128) Element q[Config::kQueries][Config::kDim];
     alignas(128) Element dout[Config::kQueries][Config::kDim];
     alignas(16) float rows[2][Config::kQueries];  // lse / ln 2, delta

@@ -11,6 +11,7 @@
 
 #include "cuda/common/ptx/arithmetic.cuh"
 #include "cuda/common/ptx/reduce_global.cuh"
+#include "cuda/common/ptx/thread.cuh"
 #include "cuda/sm80/backward/config.h"
 #include "cuda/sm80/backward/products.cuh"
 #include "cuda/sm80/backward/schedule.cuh"
@@ -27,61 +28,77 @@ __device__ __forceinline__ const T* head_of(const MatrixView& view, int batch, i
 
 // Starts the copies of one tile of queries, and closes their group.
 template <typename T, typename Config>
-__device__ __forceinline__ void copy_queries(const BackwardParams& params, const KeyPlan& plan, const QueryWalk& walk,
+__device__ __forceinline__ void copy_queries(const BackwardParams& params, const KeyPlan& plan, QueryPlace place,
                                              typename BackwardShared<Config>::Stage& stage) {
   constexpr int kQueries = Config::kQueries, kDim = Config::kDim, kThreads = Config::kThreads;
-  const int first = walk.tile * kQueries;
-  copy_tile<kQueries, kDim, kThreads>(ptx::shared_address(stage.q), head_of<T>(params.q, plan.batch, walk.head),
+  const int first = place.tile * kQueries;
+  copy_tile<kQueries, kDim, kThreads>(ptx::shared_address(stage.q), head_of<T>(params.q, plan.batch, place.head),
                                       params.q.stride[2], first, params.query_count, params.dim);
-  copy_tile<kQueries, kDim, kThreads>(ptx::shared_address(stage.dout), head_of<T>(params.dout, plan.batch, walk.head),
+  copy_tile<kQueries, kDim, kThreads>(ptx::shared_address(stage.dout), head_of<T>(params.dout, plan.batch, place.head),
                                       params.dout.stride[2], first, params.query_count, params.dim_v);
   const unsigned thread = ptx::fresh_thread_index();
   if (thread < kQueries / 2)  // four numbers each
     ptx::copy_16_bytes(ptx::shared_address(stage.rows) + 16 * thread,
-                       params.rows + walk.index(params, plan) * 2 * kQueries + 4 * thread, true);
+                       params.rows + index_of(params, plan, place) * 2 * kQueries + 4 * thread, true);
+  if (thread == 0) stage.place = place;
   ptx::commit_copies();
 }
 
-// Scores to probabilities. first_key is this lane's upper row, first_query the query of its first column.
-template <typename T, bool kMasked, int kCount>
-__device__ __forceinline__ void exponentiate(float (&scores)[kCount], const BackwardParams& params,
-                                             const KeyPlan& plan, int head, int first_key, int first_query,
-                                             const float* lse, bool whole) {
+// Scores to probabilities. lse: over ln 2, of the query of a lane's first column.
+template <int kCount>
+__device__ __forceinline__ void exponentiate(float (&scores)[kCount], float scale_log2, const float* lse) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      scores[4 * j + i] = ptx::exp2_fast(fmaf(scores[4 * j + i], scale_log2, -lse[8 * j + i % 2]));
+}
+
+// The same with a mask tensor. first_key is this lane's upper row, first_query the query of its first column.
+template <typename T, int kCount>
+__device__ __forceinline__ void exponentiate_masked(float (&scores)[kCount], const BackwardParams& params,
+                                                    const KeyPlan& plan, int head, int first_key, int first_query,
+                                                    const float* lse) {
   constexpr float kLog2e = 1.4426950408889634f;
 #pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int key = first_key + i / 2 % 2 * 8, column = 8 * (i / 4) + i % 2, query = first_query + column;
+    const float term = key < plan.reach.key_count && query < params.query_count
+                           ? mask_term<T>(params.mask, mask_offset(params.mask, plan.batch, head, query, key))
+                           : -INFINITY;
+    scores[i] = term == -INFINITY
+                    ? 0.0f
+                    : ptx::exp2_fast(fmaf(scores[i], params.scale_log2, fmaf(term, kLog2e, -lse[column])));
+  }
+}
+
+// Probabilities of query and key pairs that do not see each other become 0.
+template <int kCount>
+__device__ __forceinline__ void hide(float (&p)[kCount], const Reach& reach, int first_key, int first_query) {
+#pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int key = first_key + 8 * row;
-    const Queries seeing = queries_of(plan.reach, key);
+    const Queries seeing = queries_of(reach, first_key + 8 * row);
+    const int begin = seeing.begin - first_query, end = seeing.end - first_query;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      float& score = scores[4 * (i / 2) + 2 * row + i % 2];
-      const int column = 8 * (i / 2) + i % 2, query = first_query + column;
-      const bool seen = whole || (query >= seeing.begin && query < seeing.end);
-      float base = -lse[column];
-      if constexpr (kMasked) {
-        if (seen) {
-          const float term = mask_term<T>(params.mask, mask_offset(params.mask, plan.batch, head, query, key));
-          base = term == -INFINITY ? term : fmaf(term, kLog2e, base);
-          if (term == -INFINITY) score = 0.0f;  // whatever it was
-        }
-      }
-      score = ptx::exp2_fast(fmaf(score, params.scale_log2, base));
-      if (!seen) score = 0.0f;
+      const int query = 8 * (i / 2) + i % 2;
+      if (query < begin || query >= end) p[4 * (i / 2) + 2 * row + i % 2] = 0.0f;
     }
   }
 }
 
-// Rounds a warp's 16 rows by kCount / 2 columns to a tile of rows of kColumns elements.
+// Rounds a warp's 16 rows by kCount / 2 columns to a tile of rows of kColumns elements; first_column is a multiple of
+// their number. See tiles.cuh.
 template <typename T, int kColumns, int kCount>
 __device__ __forceinline__ void store_strip(std::uint32_t tile, const float (&values)[kCount], int first_row,
                                             int first_column) {
-  const unsigned lane = threadIdx.x % 32, row = lane / 4;
-  const std::uint32_t to = tile + (first_row + row) * kColumns * 2 + lane % 4 * 4;
+  const unsigned lane = ptx::fresh_thread_index() % 32, row = lane / 4;
+  const std::uint32_t to =
+      tile + (first_row + row) * kColumns * 2 + ((first_column / 8 ^ row) << 4) + lane % 4 * 4;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    const std::uint32_t piece = to + (((first_column / 8 + j) ^ row) << 4);
-    ptx::store_word(piece, ptx::pack<T>(values[4 * j], values[4 * j + 1]));
-    ptx::store_word(piece + 8 * kColumns * 2, ptx::pack<T>(values[4 * j + 2], values[4 * j + 3]));
+    ptx::store_word(to ^ (j << 4), ptx::pack<T>(values[4 * j], values[4 * j + 1]));
+    ptx::store_word((to ^ (j << 4)) + 8 * kColumns * 2, ptx::pack<T>(values[4 * j + 2], values[4 * j + 3]));
   }
 }
 
@@ -103,12 +120,12 @@ __device__ __forceinline__ void store_keys(const MatrixView& gradient, const Key
 
 // Adds a warp's tile of dQ; in the order of the blocks' turns if there is one.
 template <typename Config>
-__device__ __forceinline__ void add_dq(const BackwardParams& params, const KeyPlan& plan, const QueryWalk& walk,
+__device__ __forceinline__ void add_dq(const BackwardParams& params, const KeyPlan& plan, QueryPlace place,
                                        const float (&dq)[2][16]) {
-  const std::int64_t tile = walk.index(params, plan);
+  const std::int64_t tile = index_of(params, plan, place);
   if (params.order != nullptr) {
     if (threadIdx.x == 0) {
-      const unsigned turn = turn_of<Config>(plan, walk.tile);
+      const unsigned turn = turn_of<Config>(plan, place.tile);
       while (ptx::load_acquire(params.order + 1 + tile) != turn) {
       }
     }
@@ -153,8 +170,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     copy_tile<kKeys, kDim, Config::kThreads>(ptx::shared_address(shared.v),
                                              head_of<T>(params.v, plan.batch, plan.key_head), params.v.stride[2],
                                              plan.first_key, plan.reach.key_count, params.dim_v);
-    QueryWalk walk(params, plan);
-    copy_queries<T, Config>(params, plan, walk, shared.stages[0]);
+    copy_queries<T, Config>(params, plan, first_place(params, plan), shared.stages[0]);
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -164,27 +180,31 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
       const std::uint32_t p = ptx::shared_address(shared.p), ds = ptx::shared_address(shared.ds);
       ptx::wait_copies<0>();
       __syncthreads();  // this tile is there, and the one before, p and ds have been read
-      QueryWalk next = walk;
-      next.advance(plan);
-      if (step + 1 < steps) copy_queries<T, Config>(params, plan, next, shared.stages[(step + 1) % 2]);
+      if (step + 1 < steps)
+        copy_queries<T, Config>(params, plan, next_place(plan, stage.place), shared.stages[(step + 1) % 2]);
 
       {
         float scores[2][kQueries / 4], dp[2][kQueries / 4];
         const int pair = 2 * (lane % 4), column = half * Config::kQueryColumns;
         clear(scores);
-        multiply<T, kDim>(scores, RowsOfLeft<kDim>{RowsFirst<kDim>(k)}, key_strip,
+        multiply<T, kDim>(scores, RowsOfLeft<kDim>{RowsFirst<kDim>(k, ptx::fresh_thread_index())}, key_strip,
                           RowsOfRight<kDim>{ColumnsFirst<kDim>(q)}, column / 16);
-        const int first_query = walk.tile * kQueries;
+        const int first_query = stage.place.tile * kQueries;
         const bool whole = first_query >= plan.full_begin && first_query + kQueries <= plan.full_end;
 #pragma unroll
         for (int strip = 0; strip < 2; ++strip) {
           const int row = 16 * (key_strip + strip);
-          exponentiate<T, kMasked>(scores[strip], params, plan, walk.head, plan.first_key + row + lane / 4,
-                                   first_query + column + pair, &stage.rows[0][column + pair], whole);
+          const int first_key = plan.first_key + row + lane / 4;
+          const float* lse = &stage.rows[0][column + pair];
+          if constexpr (kMasked)
+            exponentiate_masked<T>(scores[strip], params, plan, stage.place.head, first_key, first_query + column + pair, lse);
+          else
+            exponentiate(scores[strip], params.scale_log2, lse);
+          if (!whole) hide(scores[strip], plan.reach, first_key, first_query + column + pair);
           store_strip<T, kQueries>(p, scores[strip], row, column);
         }
         clear(dp);
-        multiply<T, kDim>(dp, RowsOfLeft<kDim>{RowsFirst<kDim>(v)}, key_strip,
+        multiply<T, kDim>(dp, RowsOfLeft<kDim>{RowsFirst<kDim>(v, ptx::fresh_thread_index())}, key_strip,
                           RowsOfRight<kDim>{ColumnsFirst<kDim>(dout)}, column / 16);
         const float* delta = &stage.rows[1][column + pair];
 #pragma unroll
@@ -204,8 +224,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
       clear(dq);
       multiply<T, kKeys>(dq, ColumnsOfLeft<kQueries>{ColumnsFirst<kQueries>(ds)}, warp % Config::kDqRowTiles * 2,
                          ColumnsOfRight<kDim>{RowsFirst<kDim>(k)}, warp / Config::kDqRowTiles * 2);
-      add_dq<Config>(params, plan, walk, dq);
-      walk = next;
+      add_dq<Config>(params, plan, stage.place, dq);
     }
   }
   const int first_key = plan.first_key + 16 * key_strip + lane / 4, first_column = half * Config::kDimColumns;

@@ -55,21 +55,18 @@ __device__ __forceinline__ unsigned turn_of(const KeyPlan& plan, int query_tile)
   return static_cast<unsigned>(max(0, last + 1 - max(first, sink_blocks)) + sink_blocks - 1 - block);
 }
 
-// The query tiles of a plan one after the other, head by head.
-struct QueryWalk {
-  int head, tile;
+__device__ __forceinline__ QueryPlace first_place(const BackwardParams& params, const KeyPlan& plan) {
+  return {plan.key_head * params.group, plan.first_tile};
+}
 
-  __device__ __forceinline__ QueryWalk(const BackwardParams& params, const KeyPlan& plan)
-      : head(plan.key_head * params.group), tile(plan.first_tile) {}
-  __device__ __forceinline__ void advance(const KeyPlan& plan) {
-    if (++tile == plan.first_tile + plan.tiles) {
-      tile = plan.first_tile;
-      ++head;
-    }
-  }
-  __device__ __forceinline__ std::int64_t index(const BackwardParams& params, const KeyPlan& plan) const {
-    return (static_cast<std::int64_t>(plan.batch) * params.heads + head) * params.query_tiles + tile;
-  }
-};
+__device__ __forceinline__ QueryPlace next_place(const KeyPlan& plan, QueryPlace place) {
+  const bool last = place.tile + 1 == plan.first_tile + plan.tiles;
+  return {place.head + (last ? 1 : 0), last ? plan.first_tile : place.tile + 1};
+}
+
+// The tile's index among those of all heads.
+__device__ __forceinline__ std::int64_t index_of(const BackwardParams& params, const KeyPlan& plan, QueryPlace place) {
+  return (static_cast<std::int64_t>(plan.batch) * params.heads + place.head) * params.query_tiles + place.tile;
+}
 
 }  // namespace adaattn::cuda::sm80
