@@ -24,14 +24,17 @@ EXTRA = [
 ]
 
 
-def contestants(q, k, v, dout, causal: bool) -> dict:
+def contestants(q, k, v, dout, causal: bool, kernels: list[str]) -> dict:
     """What takes the problem, by name; each returns dq, dk and dv."""
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
     Forward(q, k, v, out, lse, causal=int(causal))()
 
-    def ours(deterministic: int):
+    def ours(deterministic: int, kernel: str | None = None):
         gradients = tuple(torch.empty_like(t) for t in (q, k, v))
-        call = Backward(q, k, v, out, lse, dout, gradients, causal=int(causal), deterministic=deterministic)
+        options = {"causal": int(causal), "deterministic": deterministic}
+        if kernel is not None:
+            options["kernel"] = kernel.encode()
+        call = Backward(q, k, v, out, lse, dout, gradients, **options)
 
         def run():
             call()
@@ -51,6 +54,9 @@ def contestants(q, k, v, dout, causal: bool) -> dict:
         "cudnn": lambda: theirs(SDPBackend.CUDNN_ATTENTION),
         "fa2": lambda: theirs(SDPBackend.FLASH_ATTENTION),
     }
+    for kernel in kernels:
+        makers[kernel] = lambda kernel=kernel: ours(0, kernel)
+        makers[f"{kernel} deterministic"] = lambda kernel=kernel: ours(1, kernel)
     runs, failed = {}, {}
     for name, make in makers.items():
         try:
@@ -91,13 +97,13 @@ def errors(gradients, want) -> list[float]:
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
 
 
-def bench(case: dict, dtype: torch.dtype, rounds: int) -> dict:
+def bench(case: dict, dtype: torch.dtype, rounds: int, kernels: list[str]) -> dict:
     """One row of the table."""
     b, hq, hk, nq, nk, d, causal = (case[key] for key in ("b", "hq", "hk", "nq", "nk", "d", "causal"))
     q, dout = (torch.randn(b, hq, nq, d, device="cuda", dtype=dtype) for _ in range(2))
     k, v = (torch.randn(b, hk, nk, d, device="cuda", dtype=dtype) for _ in range(2))
     flop = 10 * b * hq * nq * nk * d / (2 if causal else 1)
-    found = contestants(q, k, v, dout, causal)
+    found = contestants(q, k, v, dout, causal, kernels)
     wrong = {}
     if nq * nk <= 8192**2:
         want = truth(q, k, v, dout, causal)
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-extra", action="store_true", help="only the grid")
+    parser.add_argument("--kernels", nargs="*", default=[], help="rows of our table that join, by name")
     args = parser.parse_args()
     report = {
         "device": torch.cuda.get_device_name(),
@@ -133,7 +140,7 @@ def main() -> None:
     }
     print(f"{report['device']}, {args.dtype}, GEMM {report['gemm_tflops']:.0f} TFLOP/s; TFLOP/s, then dq dk dv errors")
     for case in grid(args.dims, args.tokens) + ([] if args.no_extra else EXTRA):
-        row = bench(case, getattr(torch, args.dtype), args.rounds)
+        row = bench(case, getattr(torch, args.dtype), args.rounds, args.kernels)
         report["rows"].append(row)
         name = "b{b} h{hq}/{hk} n{nq}/{nk} d{d}".format(**case) + (" causal" if case["causal"] else "")
         speeds = "  ".join(f"{n} {t:6.1f}" for n, t in row["tflops"].items())

@@ -108,6 +108,7 @@ class Backward(_Call):
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         *,
         key_lengths: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         **options: object,
     ) -> None:
         dq, dk, dv = map(view, gradients)
@@ -117,7 +118,10 @@ class Backward(_Call):
         args.lse = lse.data_ptr() or None
         if key_lengths is not None:
             args.key_lengths = key_lengths.data_ptr()
-        super().__init__("backward", args, [q, k, v, out, lse, dout, gradients, key_lengths], q.device, **options)
+        if mask is not None:
+            args.mask = view(mask)
+        keep = [q, k, v, out, lse, dout, gradients, key_lengths, mask]
+        super().__init__("backward", args, keep, q.device, **options)
 
 
 def merge(

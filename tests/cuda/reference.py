@@ -68,9 +68,10 @@ def gradients(
     dout: torch.Tensor,
     seen: torch.Tensor,
     scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv in FP64."""
     inputs = [t.double().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
-        out, _ = attention(inputs[0], inputs[1], inputs[2], seen, scale)
+        out, _ = attention(inputs[0], inputs[1], inputs[2], seen, scale, bias)
     return torch.autograd.grad(out, inputs, dout.double())

@@ -47,6 +47,42 @@ def instances() -> None:
     assert parts[0].cpu().isfinite().all()
 
 
+def warp_products() -> None:
+    """The kernels for sm_80, which Hopper runs only when they are named."""
+    for dim in (40, 64, 128, 256):
+        check(2, 4, 200, keys=(2, 333), dim=dim, kernel=b"sm80_forward")
+        check(2, 3, 257, dim=dim, kernel=b"sm80_forward", causal=1)
+        check(1, 1, 500, keys=(1, 600), dim=dim, kernel=b"sm80_forward", window_left=100, window_right=0, sinks=4)
+        check(2, 2, 130, dim=dim, kernel=b"sm80_forward", key_lengths=torch.tensor([130, 33]).cuda())
+        mask = torch.zeros(2, 1, 200, 333, dtype=torch.bool, device="cuda")
+        mask.copy_(torch.rand(mask.shape) < 0.7)
+        statistics = {n: torch.zeros(2, 4, 200, device="cuda") for n in ("entropy", "max_probability")}
+        check(2, 4, 200, keys=(2, 333), dim=dim, kernel=b"sm80_forward", mask=mask, **statistics)
+    for dim, deterministic in ((40, 0), (64, 1), (128, 0), (128, 1)):
+        for options in ({}, {"causal": 1, "alignment": 1}, {"window_left": 100, "window_right": 0, "sinks": 4}):
+            q, dout = filled(2, 4, 200, dim), filled(2, 4, 200, dim)
+            k, v = filled(2, 2, 333, dim), filled(2, 2, 333, dim)
+            out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
+            gradients = tuple(torch.zeros_like(t) for t in (q, k, v))
+            for more in ({}, {"key_lengths": torch.tensor([333, 111]).cuda()}, {"mask": mask}):
+                Forward(q, k, v, out, lse, kernel=b"sm80_forward", **options, **more)()
+                Backward(
+                    q,
+                    k,
+                    v,
+                    out,
+                    lse,
+                    dout,
+                    gradients,
+                    kernel=b"sm80_backward",
+                    deterministic=deterministic,
+                    **options,
+                    **more,
+                )()
+                torch.cuda.synchronize()
+                assert all(gradient.cpu().isfinite().all() for gradient in gradients)
+
+
 def main() -> None:
     """Runs them; compute-sanitizer judges."""
     for dim in (64, 128, 256):
@@ -82,6 +118,7 @@ def main() -> None:
                     torch.cuda.synchronize()
                     assert all(gradient.cpu().isfinite().all() for gradient in gradients)
     instances()
+    warp_products()
     print("done")
 
 

@@ -1,4 +1,4 @@
-"""The CUDA backward kernels against FP64, on fresh inputs, with gradients poisoned beforehand."""
+"""The CUDA backward kernels against FP64, each by its name, on fresh inputs, with gradients poisoned beforehand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import reference
 
 # Said once, of the thread in which torch differentiates the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
-KERNEL = os.environ.get("ADAATTN_TEST_BACKWARD_KERNEL", "sm90_backward").encode()
+NAMES = os.environ.get("ADAATTN_TEST_BACKWARD_KERNEL")
+KERNELS = NAMES.split(",") if NAMES else ["sm90_backward", "sm80_backward"]
 BF16, FP16 = torch.bfloat16, torch.float16
 
 # Relative Frobenius errors in units u of the dtype's unit roundoff (2^-8, 2^-11). One rounding to nearest is wrong by
@@ -27,6 +28,17 @@ BF16, FP16 = torch.bfloat16, torch.float16
 # so sqrt(3) 0.58 = 1 u. Heads of few elements average nothing: there each rounding may be off by a whole u.
 UNIT = {BF16: 2**-8, FP16: 2**-11}
 MANY, FEW = 1.0, 3.1
+
+
+class Chosen:
+    """The kernel of the test that runs."""
+
+    name = KERNELS[0]
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernel(request):
+    Chosen.name = request.param
 
 
 def tensor(*shape: int, dtype: torch.dtype, layout: str = "bhsd") -> torch.Tensor:
@@ -51,7 +63,7 @@ def run(q, k, v, dout, *, seen=None, gradients=None, deterministic=0, **options)
         gradients = tuple(torch.empty(t.shape, device="cuda", dtype=t.dtype) for t in (q, k, v))
     for gradient in gradients:
         gradient.fill_(math.nan)
-    Backward(q, k, v, out, lse, dout, gradients, kernel=KERNEL, deterministic=deterministic, **options)()
+    Backward(q, k, v, out, lse, dout, gradients, kernel=Chosen.name.encode(), deterministic=deterministic, **options)()
     torch.cuda.synchronize()
     return gradients
 
@@ -171,7 +183,7 @@ def test_key_lengths_hide_even_nan(dim, mode, deterministic):
         lse.float(),
         dout,
         gradients,
-        kernel=KERNEL,
+        kernel=Chosen.name.encode(),
         causal=int(mode != "full"),
         alignment=int(bottom),
         deterministic=deterministic,
@@ -207,11 +219,12 @@ def test_nan_propagates(dim, where):
         assert torch.equal(ours.isnan(), truth.isnan())
 
 
-def test_no_keys_and_no_queries():
+@pytest.mark.parametrize("deterministic", [0, 1])
+def test_no_keys_and_no_queries(deterministic):
     q, dout = (tensor(2, 2, 50, 64, dtype=BF16) for _ in range(2))
     none = torch.empty(2, 2, 0, 64, device="cuda", dtype=BF16)
-    assert (run(q, none, none, dout)[0] == 0).all()
-    gradients = run(none, q, q, none)
+    assert (run(q, none, none, dout, deterministic=deterministic)[0] == 0).all()
+    gradients = run(none, q, q, none, deterministic=deterministic)
     assert (gradients[1] == 0).all()
     assert (gradients[2] == 0).all()
 
@@ -226,12 +239,40 @@ def test_deterministic_gives_the_same_bits(dim, causal):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["bool", "float32", "own"])
+@pytest.mark.parametrize("size", ["full", "keys", "query"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("deterministic", [0, 1])
+def test_masks(kind, size, dtype, dim, deterministic):
+    if Chosen.name == "sm90_backward":
+        pytest.skip("takes no masks")
+    b, hq, hk, nq, nk = 2, 4, 2, 200, 333
+    q, dout = (tensor(b, hq, nq, dim, dtype=dtype) for _ in range(2))
+    k, v = (tensor(b, hk, nk, dim, dtype=dtype) for _ in range(2))
+    shape = {"full": (b, hq, nq, nk), "keys": (b, 1, 1, nk), "query": (1, hq, nq, 1)}[size]
+    shown = torch.rand(shape, device="cuda") < 0.7
+    shown[..., 0, :] = False  # a row, or all, that sees nothing
+    mask = shown
+    bias = None
+    if kind != "bool":
+        bias = torch.randn(shape, device="cuda").to(torch.float32 if kind == "float32" else dtype)
+        mask = bias.masked_fill(~shown, -math.inf)
+    seen = reference.visible(nq, nk, causal=True) & shown
+    out, lse = reference.attention(q, k, v, seen, bias=bias)
+    gradients = tuple(torch.full_like(t, math.nan) for t in (q, k, v))
+    options = {"kernel": Chosen.name.encode(), "causal": 1, "deterministic": deterministic}
+    Backward(q, k, v, out.to(dtype), lse.float(), dout, gradients, mask=mask, **options)()
+    # Rows with few keys left have most of their mass on one, as with a scale of 1 in test_scales.
+    assert_right(gradients, reference.gradients(q, k, v, dout, seen, bias=bias), dtype, slack=1.4)
+
+
 def test_graph_capture():
     q, k, v, dout = (tensor(2, 8, 700, 128, dtype=BF16) for _ in range(4))
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
     Forward(q, k, v, out, lse, causal=1)()
     gradients = tuple(torch.empty_like(t) for t in (q, k, v))
-    call = Backward(q, k, v, out, lse, dout, gradients, kernel=KERNEL, causal=1, deterministic=1)
+    call = Backward(q, k, v, out, lse, dout, gradients, kernel=Chosen.name.encode(), causal=1, deterministic=1)
     call()
     want = [g.clone() for g in gradients]
     graph = torch.cuda.CUDAGraph()

@@ -19,6 +19,20 @@ UNIT = {BF16: 2**-8, FP16: 2**-11}  # limits as in test_forward.py
 MANY, FEW = 0.82, 2.02
 
 
+KERNELS = ("sm90_masks", "sm80_forward")
+
+
+class Chosen:
+    """The kernel of the test that runs."""
+
+    name = KERNELS[0]
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernel(request):
+    Chosen.name = request.param
+
+
 def tensor(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
@@ -27,9 +41,7 @@ def run(q, k, v, **options):
     """out, lse, entropy and max_probability."""
     out = torch.full((*q.shape[:3], v.shape[-1]), math.nan, device="cuda", dtype=q.dtype)
     lse, entropy, top = (torch.full(q.shape[:3], math.nan, device="cuda") for _ in range(3))
-    call = Forward(q, k, v, out, lse, entropy=entropy, max_probability=top, **options)
-    assert call.chosen() == "sm90_masks"
-    call()
+    Forward(q, k, v, out, lse, entropy=entropy, max_probability=top, kernel=Chosen.name.encode(), **options)()
     torch.cuda.synchronize()
     return out, lse, entropy, top
 
@@ -55,6 +67,12 @@ def assert_right(got, q, k, v, seen, scale=None, bias=None):
     want_entropy = -torch.special.xlogy(p, p).sum(-1)
     assert (entropy.double() - want_entropy).abs().max() < 2e-4
     assert (top.double() - p.amax(-1)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="chosen on Hopper")
+def test_hopper_prefers_its_own():
+    q, mask = tensor(1, 1, 64, 64), torch.ones(1, 1, 64, 64, dtype=torch.bool, device="cuda")
+    assert Forward(q, q, q, torch.empty_like(q), mask=mask).chosen() == "sm90_masks"
 
 
 SHAPES = [  # b, hq, hk, nq, nk
