@@ -19,6 +19,7 @@ struct ForwardConfig {
   static constexpr int kKeys = kKeys_;                 // keys of one step
   static constexpr int kSlots = kSlots_;               // tiles of keys or of values in shared memory
   static constexpr int kBlocks = kBlocks_;             // blocks of threads that share a multiprocessor's registers
+  static constexpr int kGeneralBlocks = kBlocks < 2 ? kBlocks : 2;  // masks and statistics take more registers
   static constexpr bool kKeepQueries = kKeepQueries_;  // in registers; else they are read from shared memory each step
   static constexpr int kQueries = 16 * kStrips * kWarps;
   static constexpr int kThreads = 32 * kWarps;

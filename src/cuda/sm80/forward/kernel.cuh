@@ -171,7 +171,7 @@ __device__ __forceinline__ void add_mask(float (&scores)[kCount], const ForwardP
 
 // kGeneral: with a mask tensor, entropy, max_probability, or a scale that is not positive.
 template <typename T, typename Config, bool kGeneral>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+__global__ void __launch_bounds__(Config::kThreads, kGeneral ? Config::kGeneralBlocks : Config::kBlocks)
     forward_kernel(const __grid_constant__ ForwardParams params) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(memory);
