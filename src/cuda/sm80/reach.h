@@ -1,5 +1,5 @@
-// Which keys the queries of one batch entry see, in 32 bits: what common/visibility.h says, for kernels that are short of
-// registers. Tokens count less than 2^30.
+// Which keys the queries of one batch entry see, in 32 bits: what common/visibility.h says, for kernels that are short
+// of registers. Tokens count less than 2^30.
 #pragma once
 
 namespace adaattn::cuda::sm80 {

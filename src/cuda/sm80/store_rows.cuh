@@ -21,7 +21,8 @@ __device__ __forceinline__ uint4 transpose_quad(const std::uint32_t (&words)[4],
   return high ? make_uint4(c, d, high0, high1) : make_uint4(low0, low1, c, d);
 }
 
-// Row first_row + 8 row of a 16-row accumulator times factor, to the row that to points to; nothing if it does not exist.
+// Row first_row + 8 row of a 16-row accumulator times factor, to the row that to points to; nothing if it does not
+// exist.
 template <typename T, int kCount>
 __device__ __forceinline__ void store_row(T* to, const float (&values)[kCount], int row, float factor, bool exists,
                                           int dim) {

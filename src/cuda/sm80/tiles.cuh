@@ -12,13 +12,14 @@
 
 namespace adaattn::cuda::sm80 {
 
-// Starts the copy of rows [first, first + kRows) of a [token, dim] matrix, whose row 0 from points to; rows at and after
-// row_end and columns at and after dim become 0 and are not read.
+// Starts the copy of rows [first, first + kRows) of a [token, dim] matrix, whose row 0 from points to; rows at and
+// after row_end and columns at and after dim become 0 and are not read.
 template <int kRows, int kDim, int kThreads, typename T>
 __device__ __forceinline__ void copy_tile(std::uint32_t to, const T* from, std::int64_t stride, int first, int row_end,
                                           int dim) {
   constexpr int kPieces = kDim / 8, kRowsAtOnce = kThreads / kPieces;
-  static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0, "a thread's pieces lie at the same place of their rows");
+  static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0,
+                "a thread's pieces lie at the same place of their rows");
   const unsigned thread = ptx::fresh_thread_index(), piece = thread % kPieces, row = thread / kPieces;
   const int rows = static_cast<int>(piece) * 8 < dim ? row_end - first - static_cast<int>(row) : 0;  // from ours on
   const T* source = from + (first + static_cast<int>(row)) * stride + piece * 8;

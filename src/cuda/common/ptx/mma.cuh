@@ -1,8 +1,9 @@
 // Matrix products of one warp (PTX ISA, "Warp-level matrix instructions", mma.m16n8k16): a thin wrapper.
 //
 // d[16, 8] += a[16, 16] b[16, 8]. With g = lane / 4 and c = 2 (lane % 4), a lane holds of d the rows g (entries 0, 1)
-// and g + 8 (2, 3), columns c and c + 1; of a, two elements a register, the rows g, g + 8, g, g + 8 at columns c, c, c + 8,
-// c + 8 on; of b the rows c and c + 8 on of column g. So an accumulator, rounded two by two, is the next product's a.
+// and g + 8 (2, 3), columns c and c + 1; of a, two elements a register, the rows g, g + 8, g, g + 8 at columns c, c, c
+// + 8, c + 8 on; of b the rows c and c + 8 on of column g. So an accumulator, rounded two by two, is the next product's
+// a.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -4,10 +4,10 @@
 namespace adaattn::cuda::sm80 {
 
 template void launch_backward<__nv_bfloat16, BackwardDim128, false>(const BackwardParams&, const RowParams&,
-                                                                   cudaStream_t);
+                                                                    cudaStream_t);
 template void launch_backward<__half, BackwardDim128, false>(const BackwardParams&, const RowParams&, cudaStream_t);
 template void launch_backward<__nv_bfloat16, BackwardDim128, true>(const BackwardParams&, const RowParams&,
-                                                                  cudaStream_t);
+                                                                   cudaStream_t);
 template void launch_backward<__half, BackwardDim128, true>(const BackwardParams&, const RowParams&, cudaStream_t);
 
 }  // namespace adaattn::cuda::sm80

@@ -19,10 +19,10 @@ struct BackwardConfig {
   static constexpr int kKeys = 128;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStrips = 2;                     // a warp's rows of every product are 16 kStrips
-  static constexpr int kQueryColumns = kQueries / 2;    // a warp's columns of S^T and dP^T
-  static constexpr int kDimColumns = kDim / 2;          // of dK and dV
-  static constexpr int kDqRowTiles = kQueries / 32;     // tiles of dQ along the queries
+  static constexpr int kStrips = 2;                   // a warp's rows of every product are 16 kStrips
+  static constexpr int kQueryColumns = kQueries / 2;  // a warp's columns of S^T and dP^T
+  static constexpr int kDimColumns = kDim / 2;        // of dK and dV
+  static constexpr int kDqRowTiles = kQueries / 32;   // tiles of dQ along the queries
   static_assert(kDqRowTiles * (kDim / 32) == kWarps, "each warp has one tile of dQ");
 };
 
@@ -58,8 +58,8 @@ struct BackwardShared {
 
 struct BackwardParams {
   MatrixView q, k, v, dout, dk, dv;
-  const float* rows;  // [batch, heads, query_tiles, 2, kQueries]: lse / ln 2 and delta of each query
-  float* dq;          // [batch, heads, query_tiles, warp, register, lane]: sums
+  const float* rows;                // [batch, heads, query_tiles, 2, kQueries]: lse / ln 2 and delta of each query
+  float* dq;                        // [batch, heads, query_tiles, warp, register, lane]: sums
   const std::int64_t* key_lengths;  // [batch] or null
   unsigned* order;                  // null, or what makes the sums for dQ deterministic: a ticket counter, then
                                     // how many blocks have added, [batch, heads, query_tiles]

@@ -1,8 +1,8 @@
 // Exact gradients for sm_80 and later: recomputes the probabilities from lse (FlashAttention-2, arXiv 2307.08691,
 // algorithm 2).
 //
-// A block of threads keeps 128 keys and values in shared memory, dK and dV in registers, and walks over the queries that
-// see them. Per tile of queries:
+// A block of threads keeps 128 keys and values in shared memory, dK and dV in registers, and walks over the queries
+// that see them. Per tile of queries:
 //   S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q,
 //   dQ += dS K
 // P^T and dS^T pass through shared memory, so that each product can be shared among the warps as suits it best. dQ is
@@ -66,9 +66,8 @@ __device__ __forceinline__ void exponentiate_masked(float (&scores)[kCount], con
     const float term = key < plan.reach.key_count && query < params.query_count
                            ? mask_term<T>(params.mask, mask_offset(params.mask, plan.batch, head, query, key))
                            : -INFINITY;
-    scores[i] = term == -INFINITY
-                    ? 0.0f
-                    : ptx::exp2_fast(fmaf(scores[i], params.scale_log2, fmaf(term, kLog2e, -lse[column])));
+    scores[i] =
+        term == -INFINITY ? 0.0f : ptx::exp2_fast(fmaf(scores[i], params.scale_log2, fmaf(term, kLog2e, -lse[column])));
   }
 }
 
@@ -93,8 +92,7 @@ template <typename T, int kColumns, int kCount>
 __device__ __forceinline__ void store_strip(std::uint32_t tile, const float (&values)[kCount], int first_row,
                                             int first_column) {
   const unsigned lane = ptx::fresh_thread_index() % 32, row = lane / 4;
-  const std::uint32_t to =
-      tile + (first_row + row) * kColumns * 2 + ((first_column / 8 ^ row) << 4) + lane % 4 * 4;
+  const std::uint32_t to = tile + (first_row + row) * kColumns * 2 + ((first_column / 8 ^ row) << 4) + lane % 4 * 4;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
     ptx::store_word(to ^ (j << 4), ptx::pack<T>(values[4 * j], values[4 * j + 1]));
@@ -151,7 +149,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   const KeyPlan& plan = shared.plan;  // stays in shared memory: registers are scarce
   if (threadIdx.x == 0) {
     // Blocks that wait for others must know that those have started: they take their work in the order they start in.
-    const int block = params.order != nullptr ? static_cast<int>(atomicAdd(params.order, 1u)) : static_cast<int>(blockIdx.x);
+    const int block =
+        params.order != nullptr ? static_cast<int>(atomicAdd(params.order, 1u)) : static_cast<int>(blockIdx.x);
     shared.plan = plan_keys<Config>(params, block);
   }
   __syncthreads();
@@ -197,7 +196,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
           const int first_key = plan.first_key + row + lane / 4;
           const float* lse = &stage.rows[0][column + pair];
           if constexpr (kMasked)
-            exponentiate_masked<T>(scores[strip], params, plan, stage.place.head, first_key, first_query + column + pair, lse);
+            exponentiate_masked<T>(scores[strip], params, plan, stage.place.head, first_key,
+                                   first_query + column + pair, lse);
           else
             exponentiate(scores[strip], params.scale_log2, lse);
           if (!whole) hide(scores[strip], plan.reach, first_key, first_query + column + pair);
@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
 #pragma unroll
         for (int strip = 0; strip < 2; ++strip) {
 #pragma unroll
-          for (int i = 0; i < kQueries / 4; ++i) dp[strip][i] = scores[strip][i] * (dp[strip][i] - delta[8 * (i / 4) + i % 2]);
+          for (int i = 0; i < kQueries / 4; ++i)
+            dp[strip][i] = scores[strip][i] * (dp[strip][i] - delta[8 * (i / 4) + i % 2]);
           store_strip<T, kQueries>(ds, dp[strip], 16 * (key_strip + strip), column);
         }
       }

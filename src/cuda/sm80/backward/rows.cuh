@@ -55,8 +55,8 @@ __global__ void finish_dq_kernel(const RowParams params) {
   const std::int64_t tile = blockIdx.x, head = tile / params.query_tiles;
   const float* from = params.dq_sums + (tile * Config::kWarps + warp) * 1024 + lane;
   const int first_column = warp / Config::kDqRowTiles * 32;
-  const int first_query = static_cast<int>(tile % params.query_tiles) * Config::kQueries +
-                          warp % Config::kDqRowTiles * 32 + lane / 4;
+  const int first_query =
+      static_cast<int>(tile % params.query_tiles) * Config::kQueries + warp % Config::kDqRowTiles * 32 + lane / 4;
 #pragma unroll
   for (int strip = 0; strip < 2; ++strip) {
     float sums[16];

@@ -15,10 +15,10 @@ template <int kDim_, int kWarps_, int kStrips_, int kKeys_, int kSlots_, int kBl
 struct ForwardConfig {
   static constexpr int kDim = kDim_;  // head size, padded with zeros to 64, 128 or 256
   static constexpr int kWarps = kWarps_;
-  static constexpr int kStrips = kStrips_;             // a key's operand serves so many products of 16 rows
-  static constexpr int kKeys = kKeys_;                 // keys of one step
-  static constexpr int kSlots = kSlots_;               // tiles of keys or of values in shared memory
-  static constexpr int kBlocks = kBlocks_;             // blocks of threads that share a multiprocessor's registers
+  static constexpr int kStrips = kStrips_;  // a key's operand serves so many products of 16 rows
+  static constexpr int kKeys = kKeys_;      // keys of one step
+  static constexpr int kSlots = kSlots_;    // tiles of keys or of values in shared memory
+  static constexpr int kBlocks = kBlocks_;  // blocks of threads that share a multiprocessor's registers
   static constexpr int kGeneralBlocks = kBlocks < 2 ? kBlocks : 2;  // masks and statistics take more registers
   static constexpr bool kKeepQueries = kKeepQueries_;  // in registers; else they are read from shared memory each step
   static constexpr int kQueries = 16 * kStrips * kWarps;
@@ -32,7 +32,7 @@ struct TilePlan {
   int window_steps;  // the first so many go down from block_end - 1, the others down from sink_blocks - 1
   int block_end, sink_blocks;
   Reach reach;
-  const void *q, *k, *v;             // of the head, [token, dim]
+  const void *q, *k, *v;            // of the head, [token, dim]
   std::int64_t k_stride, v_stride;  // of a token
 };
 

@@ -22,7 +22,8 @@ __device__ __forceinline__ void store_strip(const ForwardParams& params, const T
     const int query = first_row + 8 * row;
     const bool exists = query < params.query_count;
     if (exists && threadIdx.x % 4 == 0) {
-      const std::int64_t at = (static_cast<std::int64_t>(plan.batch) * params.heads + plan.head) * params.query_count + query;
+      const std::int64_t at =
+          (static_cast<std::int64_t>(plan.batch) * params.heads + plan.head) * params.query_count + query;
       if (params.lse != nullptr)
         params.lse[at] = sum == 0.0f ? -INFINITY : (state.max[row] * scale_log2 + log2f(sum)) * kLn2;
       if (kGeneral && params.entropy != nullptr) {

@@ -1,8 +1,8 @@
 // Exact attention, forward, for sm_80 and later: warp-level products, keys and values copied ahead by cp.async.
 //
-// Each warp keeps its query rows, their output and their softmax in registers (FlashAttention-2's division of work, arXiv
-// 2307.08691). Tiles of keys and of values come in turns through one ring of slots in shared memory: while one is used,
-// the others are on their way. Blocks of threads on the same multiprocessor hide each other's softmax.
+// Each warp keeps its query rows, their output and their softmax in registers (FlashAttention-2's division of work,
+// arXiv 2307.08691). Tiles of keys and of values come in turns through one ring of slots in shared memory: while one is
+// used, the others are on their way. Blocks of threads on the same multiprocessor hide each other's softmax.
 #pragma once
 
 #include "cuda/common/ptx/mma.cuh"
@@ -99,7 +99,8 @@ using Output = float[Config::kStrips][Config::kDim / 2];
 
 // scores = q k^T
 template <typename T, typename Config>
-__device__ __forceinline__ void multiply_queries(Scores<Config>& scores, const QueryRows<Config>& q, std::uint32_t keys) {
+__device__ __forceinline__ void multiply_queries(Scores<Config>& scores, const QueryRows<Config>& q,
+                                                 std::uint32_t keys) {
   const ColumnsFirst<Config::kDim> k(keys);
 #pragma unroll
   for (int strip = 0; strip < Config::kStrips; ++strip)
@@ -132,8 +133,7 @@ __device__ __forceinline__ void multiply_values(Output<Config>& out, const Score
 #pragma unroll
     for (int strip = 0; strip < Config::kStrips; ++strip)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[strip][i] = ptx::pack<T>(p[strip][8 * j + 2 * i], p[strip][8 * j + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) a[strip][i] = ptx::pack<T>(p[strip][8 * j + 2 * i], p[strip][8 * j + 2 * i + 1]);
 #pragma unroll
     for (int i = 0; i < Config::kDim / 16; ++i) {
       std::uint32_t b[4];

@@ -35,8 +35,8 @@ __device__ __forceinline__ float row_max(const float (&scores)[kCount], int row)
   return ptx::max_nan(result, __shfl_xor_sync(0xFFFFFFFFu, result, 2));
 }
 
-// Scores, times scale_log2 in units of log2, become probabilities relative to the new maximum of each row. correction is
-// what the output so far has to be multiplied with.
+// Scores, times scale_log2 in units of log2, become probabilities relative to the new maximum of each row. correction
+// is what the output so far has to be multiplied with.
 template <bool kMoment, int kCount>
 __device__ __forceinline__ void exponentiate(float (&scores)[kCount], RowState& state, float (&correction)[2],
                                              float scale_log2) {
