@@ -42,17 +42,17 @@ __device__ __forceinline__ KeyPlan plan_keys(const BackwardParams& params, int b
   return plan;
 }
 
-// How many blocks add to a tile of dQ before the one with these keys, in the order last keys first.
+// How many blocks add to a tile of dQ before the one with these keys, in the order last keys first: those after it that
+// the tile's queries see in their window or as sinks.
 template <typename Config>
 __device__ __forceinline__ unsigned turn_of(const KeyPlan& plan, int query_tile) {
-  constexpr int kKeys = Config::kKeys;
-  const Reach& reach = plan.reach;
+  const auto blocks_until = [](int key) { return (key + Config::kKeys - 1) / Config::kKeys; };
   const int first_query = query_tile * Config::kQueries;
-  const Keys seen = keys_of(reach, first_query, min(first_query + Config::kQueries, reach.query_count) - 1);
-  const int block = plan.first_key / kKeys, last = (seen.end - 1) / kKeys, first = seen.begin / kKeys;
-  if (block >= first) return static_cast<unsigned>(last - block);
-  const int sink_blocks = (min(reach.sinks, reach.key_count) + kKeys - 1) / kKeys;
-  return static_cast<unsigned>(max(0, last + 1 - max(first, sink_blocks)) + sink_blocks - 1 - block);
+  const int last_query = min(first_query + Config::kQueries, plan.reach.query_count) - 1;
+  const Keys seen = keys_of(plan.reach, first_query, last_query);
+  const int next = plan.first_key / Config::kKeys + 1, sink_end = blocks_until(seen.sink_end);
+  const int begin = max(seen.begin / Config::kKeys, sink_end), end = seen.begin < seen.end ? blocks_until(seen.end) : 0;
+  return static_cast<unsigned>(max(0, end - max(begin, next)) + max(0, sink_end - next));
 }
 
 __device__ __forceinline__ QueryPlace first_place(const BackwardParams& params, const KeyPlan& plan) {
