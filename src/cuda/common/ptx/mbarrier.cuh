@@ -26,6 +26,11 @@ __device__ __forceinline__ void wait(Barrier& barrier, std::uint32_t parity) {
   }
 }
 
+// Whether it has completed by now.
+__device__ __forceinline__ bool has_completed(Barrier& barrier, std::uint32_t parity) {
+  return ::cuda::ptx::mbarrier_test_wait_parity(&barrier, parity);
+}
+
 // The place of a producer or a consumer in a ring of kStages buffers.
 template <int kStages>
 struct RingPlace {

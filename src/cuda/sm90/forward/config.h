@@ -20,8 +20,6 @@ struct ForwardTile {
   bool packs = false;  // heads of a group can share a tile
   bool parts = false;  // tiles can be worked on in parts
   bool masks = false;  // takes mask tensors, and computes entropy and max_probability
-  // A consumer passes its turn on with so many of the products of P V still to be started.
-  int early_turn = 0;
   // Each consumer has its own queries, and goes on to its next ones when it is done, not when all are: consumers stay
   // half a step apart, so that one's first and last products of a tile meet the other's softmax. They give the queries
   // back after the last product with them, not after the softmax of what it gave.
@@ -37,7 +35,6 @@ struct ForwardConfig {
   static constexpr int kStages = kTile.stages;
   static constexpr int kBlocks = kTile.blocks;
   static constexpr bool kPacks = kTile.packs, kParts = kTile.parts, kMasks = kTile.masks;
-  static constexpr int kEarlyTurn = kTile.early_turn;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr bool kOwnQueries = kTile.own_queries;
   static_assert(!kOwnQueries || !kPacks || kConsumers == 1, "the rows of a pack come in one piece");
@@ -52,8 +49,7 @@ struct ForwardConfig {
   static constexpr int kLeftRegisters = (kLaunchRegisters * kThreads - 128 * kProducerRegisters) / (128 * kConsumers);
   static constexpr int kConsumerRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters / 8 * 8;
   // Consumers start their products in turns. With few keys a step the turns cost more than they order.
-  static constexpr bool kTakeTurns =
-      kConsumers > 1 && !kMasks && kBlocks == 1 && (kDim == 64 || kKeys > 128 || kEarlyTurn > 0);
+  static constexpr bool kTakeTurns = kConsumers > 1 && !kMasks && kBlocks == 1 && (kDim == 64 || kKeys > 128);
 };
 
 template <typename Config>

@@ -23,6 +23,11 @@ using Args = adaattn_forward_args;
 
 bool has_elements(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] > 0; }
 
+// Up to so many keys a row smaller steps pay, at D of 128: more where the diagonal or a window's edge cuts steps.
+// Measured (docs/performance.md): at 1,024 keys they gain 2 %, at 4,096 under a causal mask none, and at 8,192 they
+// lose 2 %.
+constexpr std::int64_t kFineKeys = 1024, kFineKeysAtEdges = 4096;
+
 std::int64_t dim_of(const Args& args) { return std::max(args.q.shape[3], args.v.shape[3]); }
 
 double scale_of(const Args& args) {
@@ -49,31 +54,25 @@ struct Short : ByHeadSize<Short64, Short128, Short128> {
 struct Any : ByHeadSize<Any64, Any128, Any256> {
   static constexpr char kName[] = "sm90_masks";
 };
-template <typename Config64, typename Config128, typename Config128Masked, typename Config256>
-struct ByMask {
+
+// Keys that a row sees at most.
+std::int64_t keys_in_sight(const Args& args) {
+  const adaattn_options& o = args.options;
+  const std::int64_t all = args.k.shape[2];
+  const bool bounded = o.window_left >= 0 && (o.causal != 0 || o.window_right >= 0);
+  return bounded ? std::min(all, o.window_left + std::max<std::int64_t>(o.window_right, 0) + 1) : all;
+}
+
+struct Usual {
+  static constexpr char kName[] = "sm90_forward";
   template <typename Visitor>
   static void with_config(const Args& args, const Visitor& visit) {
     const std::int64_t dim = dim_of(args);
-    if (dim <= 64) return visit(Config64{});
-    if (dim > 128) return visit(Config256{});
-    if (tiles_differ(args)) return visit(Config128Masked{});
-    visit(Config128{});
+    if (dim <= 64) return visit(Dim64{});
+    if (dim > 128) return visit(Dim256{});
+    if (keys_in_sight(args) <= (tiles_differ(args) ? kFineKeysAtEdges : kFineKeys)) return visit(Dim128Fine{});
+    visit(Dim128{});
   }
-};
-struct Usual : ByMask<Dim64, Dim128, Dim128Masked, Dim256> {
-  static constexpr char kName[] = "sm90_forward";
-};
-struct Early : ByMask<Dim64Early, Dim128Early, Dim128MaskedEarly, Dim256> {
-  static constexpr char kName[] = "sm90_early_turns";
-};
-struct Own : ByMask<Dim64Own, Dim128Own, Dim128MaskedOwn, Dim256Own> {
-  static constexpr char kName[] = "sm90_own_queries";
-};
-struct Both : ByMask<Dim64Both, Dim128Both, Dim128MaskedBoth, Dim256Own> {
-  static constexpr char kName[] = "sm90_own_early";
-};
-struct Parts : ByHeadSize<Dim128Parts, Dim128Parts, Dim128Parts> {
-  static constexpr char kName[] = "sm90_last_wave";
 };
 
 MaskView view_of(const adaattn_tensor& mask, std::int32_t dtype) {
@@ -209,11 +208,12 @@ Reasons declines_packed(const Args& args, Reasons reasons) {
 // Reasons are listed on machines without such a device, too: then as of an H100.
 std::int64_t multiprocessors() { return current_device_is(90) ? current_device().multiprocessors : 132; }
 
-// Few rows: those of a group fit one tile, or the usual tiles would leave half the multiprocessors idle.
+// Few rows: those of a group fit one tile, a head's do not fill half of one where heads can share it, or the usual
+// tiles would leave half the multiprocessors idle.
 bool has_few_rows(const Args& args) {
   if (!has_elements(args.out)) return false;
   const std::int64_t group = args.q.shape[1] / args.k.shape[1], nq = args.q.shape[2];
-  if (nq * group <= 64) return true;
+  if (nq * group <= 64 || (group > 1 && nq <= 32)) return true;
   std::int64_t tiles = 0;
   Usual::with_config(args, [&]<typename Config>(Config) {
     tiles = args.q.shape[0] * args.q.shape[1] * ((nq + Config::kQueries - 1) / Config::kQueries);
@@ -231,8 +231,8 @@ Reasons declines_short(const Args& args) {
   Reasons reasons = declines_plain(args);
   reasons.unless(dim_of(args) <= 128, "D and Dv must be at most 128");
   if (!reasons.empty() || named<Short>(args)) return reasons;
-  return reasons.unless(dim_of(args) <= 64 && args.q.shape[2] <= 512 && args.k.shape[2] <= 512,
-                        "leaves more than 512 tokens, and D over 64, to sm90_forward");
+  return reasons.unless(dim_of(args) <= 64 && args.q.shape[2] <= 256 && args.k.shape[2] <= 256,
+                        "leaves more than 256 tokens, and D over 64, to sm90_forward");
 }
 
 Reasons declines_masks(const Args& args) {
@@ -240,15 +240,6 @@ Reasons declines_masks(const Args& args) {
   if (!reasons.empty() || named<Any>(args)) return reasons;
   return Reasons(reasons).unless(has_extras(args) || scale_of(args) < 0,
                                  "leaves calls without a mask tensor and row statistics to sm90_forward");
-}
-
-// Variants that wait to be measured run only when they are asked for.
-template <typename Use, int kMostDim>
-Reasons declines_variant(const Args& args) {
-  static_assert(kMostDim == 128 || kMostDim == 256);
-  return declines_plain(args)
-      .unless(dim_of(args) <= kMostDim, "D and Dv must be at most 128")
-      .unless(named<Use>(args), "runs only when it is named");
 }
 
 Reasons needs_sm90() {
@@ -271,11 +262,7 @@ constexpr std::array kRows = {
              declines_few),
     row<Short>("exact, 16 bits on Hopper tensor cores; short sequences, D in steps of 8 to 128", declines_short),
     row<Usual>("exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 256", declines_plain),
-    row<Any>("exact, 16 bits on Hopper tensor cores; mask tensors, entropy and max_probability", declines_masks),
-    row<Early>("sm90_forward with turns passed on before a consumer's products end", declines_variant<Early, 256>),
-    row<Own>("sm90_forward with consumers that go on to their next queries by themselves", declines_variant<Own, 256>),
-    row<Both>("sm90_own_queries with turns as sm90_early_turns", declines_variant<Both, 256>),
-    row<Parts>("sm90_forward with the last wave of tiles split over keys", declines_variant<Parts, 128>)};
+    row<Any>("exact, 16 bits on Hopper tensor cores; mask tensors, entropy and max_probability", declines_masks)};
 
 }  // namespace
 

@@ -7,84 +7,17 @@
 #pragma once
 
 #include "cuda/common/ptx/mbarrier.cuh"
-#include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/ptx/warpgroup.cuh"
 #include "cuda/common/ptx/wgmma_rs.cuh"
 #include "cuda/common/ptx/wgmma_ss.cuh"
 #include "cuda/sm90/forward/config.h"
 #include "cuda/sm90/forward/epilogue.cuh"
 #include "cuda/sm90/forward/mask.cuh"
+#include "cuda/sm90/forward/produce.cuh"
 #include "cuda/sm90/forward/softmax.cuh"
 #include "cuda/sm90/forward/tile_plan.h"
 
 namespace adaattn::cuda::sm90 {
-
-template <typename Config>
-__device__ __forceinline__ void produce(const ForwardParams& params, ForwardShared<Config>& shared) {
-  constexpr std::uint32_t kBlockBytes = sizeof(shared.k[0]);
-  ptx::RingPlace<Config::kStages> k_place, v_place;
-  ptx::RingPlace<1> q_place;
-
-  const auto load_block = [&](auto& buffers, ptx::Barrier* full, ptx::Barrier* empty,
-                              ptx::RingPlace<Config::kStages>& place, const CUtensorMap& map, const TilePlan& plan,
-                              int step) {
-    ptx::wait(empty[place.stage], place.parity ^ 1);
-    ptx::arrive_and_expect(full[place.stage], kBlockBytes);
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
-      ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk,
-                    block_of_step(plan, step) * Config::kKeys, plan.key_head, plan.batch);
-    place.advance();
-  };
-  const auto load_k = [&](const TilePlan& plan, int step) {
-    load_block(shared.k, shared.k_full, shared.k_empty, k_place, params.k, plan, step);
-  };
-  const auto load_v = [&](const TilePlan& plan, int step) {
-    load_block(shared.v, shared.v_full, shared.v_empty, v_place, params.v, plan, step);
-  };
-
-  // What a row box holds is copied, and counted, also where it reaches past the tensor. Rows of the tile after it keep
-  // what they had: nothing reads their results. Without a tile, tells the consumers that there is no more work.
-  const auto load_queries = [&](const TilePlan& plan) {
-    constexpr int kParts = Config::kQueryParts, kRows = Config::kQueries / kParts;
-    for (int part = 0; part < kParts; ++part) {
-      ptx::wait(shared.q_empty[part], q_place.parity ^ 1);
-      shared.plan[q_place.parity][part] = plan;
-      if (plan.first_query < 0) {
-        ptx::arrive(shared.q_full[part]);
-        continue;
-      }
-      const int rows = Config::kPacks ? params.grid.pack_heads * params.grid.pack_tokens : kRows;
-      ptx::arrive_and_expect(shared.q_full[part], static_cast<std::uint32_t>(rows * Config::kChunks * 128));
-      for (int chunk = 0; chunk < Config::kChunks; ++chunk)
-        if constexpr (Config::kPacks)
-          ptx::load_box(shared.q[chunk], params.q, shared.q_full[part], 64 * chunk,
-                        plan.head - plan.key_head * params.grid.group, plan.first_query, plan.key_head, plan.batch);
-        else
-          ptx::load_box(shared.q[chunk][part * kRows], params.q, shared.q_full[part], 64 * chunk,
-                        plan.first_query + part * kRows, plan.head, plan.batch);
-    }
-    q_place.advance();
-  };
-
-  const int items = item_count(params.grid);
-  for (int item = blockIdx.x;;) {
-    TilePlan plan{.first_query = -1};
-    int next_item = item + static_cast<int>(gridDim.x);
-    if (item < items) {
-      // Asked for early: the answer takes a while, and is not needed before this tile's last load.
-      if (params.next_item != nullptr) next_item = static_cast<int>(gridDim.x + atomicAdd(params.next_item, 1u));
-      plan = plan_item<Config>(params.grid, item);
-    }
-    if (plan.first_query >= 0 && plan.steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
-    load_queries(plan);
-    if (plan.first_query < 0) return;
-    for (int step = 0; step < plan.steps; ++step) {
-      if (step + 1 < plan.steps) load_k(plan, step + 1);
-      load_v(plan, step);
-    }
-    item = next_item;
-  }
-}
 
 template <typename Config>
 using RowMajor = ptx::WgmmaOperand<0>;  // q and k: the product's k runs along their rows
@@ -106,21 +39,16 @@ __device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2],
   ptx::wgmma_commit();
 }
 
-// out += p v, one group of products. Calls pass_turn with kEarlyTurn of them still to be started.
-template <typename T, typename Config, typename PassTurn>
+// out += p v, one group of products.
+template <typename T, typename Config>
 __device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2], std::uint32_t (&p)[Config::kKeys / 4],
-                                             ColumnMajor<Config> v, const PassTurn& pass_turn) {
-  constexpr int kProducts = Config::kKeys / 16;
+                                             ColumnMajor<Config> v) {
   ptx::pin_registers(out);
   ptx::pin_registers(p);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < kProducts; ++i) {
-    if (Config::kEarlyTurn > 0 && i == kProducts - Config::kEarlyTurn) pass_turn();
-    ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
-  }
+  for (int i = 0; i < Config::kKeys / 16; ++i) ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
   ptx::wgmma_commit();
-  if (Config::kEarlyTurn == 0) pass_turn();
 }
 
 // Values at and after the key length may be anything, and 0 * NaN is NaN: write zeros over them. Only the first block a
@@ -213,44 +141,52 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       exponentiate<Config::kMasks>(scores, first_tops, state, correction, scale_log2);
       pack_operand<T>(p, scores);
 
-      const auto wait_for_next_keys = [&](int step) {
-        if (step + 1 < plan.steps)
-          ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-        else if constexpr (Config::kOwnQueries)
-          give_queries_back();
-      };
-      wait_for_next_keys(strip.first_step);
-#pragma unroll 1
-      for (int step = strip.first_step + 1; step < plan.steps; ++step) {
+      // Tests whether the next blocks have come are made early, so that their answers are there when they are needed: a
+      // step's chain of latencies is what bounds the kernel, not its instructions.
+      const int steps = plan.steps;
+      int step = strip.first_step + 1;
+      bool keys_came = false, values_came = false;
+      if (step == steps) give_queries_back();
+      const auto advance = [&]<bool kHide>() __attribute__((always_inline)) {
         const RowMajor<Config> k(address(shared.k[k_place.stage]));
         const ColumnMajor<Config> v(address(shared.v[v_place.stage]));
+        if (!keys_came) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
         if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
         start_scores<T, Config>(scores, q, k);
-        ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-        start_output<T, Config>(out, p, v, [&] {
-          if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
-        });
+        if (!values_came) ptx::wait(shared.v_full[v_place.stage], v_place.parity);
+        start_output<T, Config>(out, p, v);
+        if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
         ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
         release(shared.k_empty[k_place.stage]);
         k_place.advance();
-        finish_scores(scores, step);
+        if (step + 1 == steps) give_queries_back();
+        if constexpr (kHide) finish_scores(scores, step);
         const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
-        // Here and not where they are needed: the wait's loop ends a block of code, so that the assembler leaves the
-        // maxima above the next wait, to overlap with P V. What follows it is bound by the exponentials, one every
-        // eight cycles, and needs to be one block for everything else to find its place between them.
-        wait_for_next_keys(step);
+        keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out);
         release(shared.v_empty[v_place.stage]);
         v_place.advance();
+        values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
         exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
         rescale(out, correction);
         pack_operand<T>(p, scores);
+      };
+      // Steps in [full_begin, full_end) hide nothing: in a loop of their own, without a word about what is visible.
+      const int full_begin = Config::kMasks ? steps : clamp_int(plan.block_end - strip.full_end, step, steps);
+      const int full_end = most(full_begin, least(plan.block_end - strip.full_begin, plan.window_steps));
+      for (int until = full_begin;; until = steps) {
+#pragma unroll 1
+        for (; step < until; ++step) advance.template operator()<true>();
+        if (until == steps) break;
+        if constexpr (!Config::kMasks) {
+#pragma unroll 1
+          for (; step < full_end; ++step) advance.template operator()<false>();
+        }
       }
-      if constexpr (!Config::kOwnQueries) give_queries_back();
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])), [] {});
+      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])));
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
       release(shared.v_empty[v_place.stage]);

@@ -1,0 +1,78 @@
+// What the producer of the sm_90a forward kernel does: takes tiles of work, and copies their queries, keys and values.
+#pragma once
+
+#include "cuda/common/ptx/mbarrier.cuh"
+#include "cuda/common/ptx/tma.cuh"
+#include "cuda/sm90/forward/config.h"
+#include "cuda/sm90/forward/tile_plan.h"
+
+namespace adaattn::cuda::sm90 {
+
+template <typename Config>
+__device__ __forceinline__ void produce(const ForwardParams& params, ForwardShared<Config>& shared) {
+  constexpr std::uint32_t kBlockBytes = sizeof(shared.k[0]);
+  ptx::RingPlace<Config::kStages> k_place, v_place;
+  ptx::RingPlace<1> q_place;
+
+  const auto load_block = [&](auto& buffers, ptx::Barrier* full, ptx::Barrier* empty,
+                              ptx::RingPlace<Config::kStages>& place, const CUtensorMap& map, const TilePlan& plan,
+                              int step) {
+    ptx::wait(empty[place.stage], place.parity ^ 1);
+    ptx::arrive_and_expect(full[place.stage], kBlockBytes);
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+      ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk,
+                    block_of_step(plan, step) * Config::kKeys, plan.key_head, plan.batch);
+    place.advance();
+  };
+  const auto load_k = [&](const TilePlan& plan, int step) {
+    load_block(shared.k, shared.k_full, shared.k_empty, k_place, params.k, plan, step);
+  };
+  const auto load_v = [&](const TilePlan& plan, int step) {
+    load_block(shared.v, shared.v_full, shared.v_empty, v_place, params.v, plan, step);
+  };
+
+  // What a row box holds is copied, and counted, also where it reaches past the tensor. Rows of the tile after it keep
+  // what they had: nothing reads their results. Without a tile, tells the consumers that there is no more work.
+  const auto load_queries = [&](const TilePlan& plan) {
+    constexpr int kParts = Config::kQueryParts, kRows = Config::kQueries / kParts;
+    for (int part = 0; part < kParts; ++part) {
+      ptx::wait(shared.q_empty[part], q_place.parity ^ 1);
+      shared.plan[q_place.parity][part] = plan;
+      if (plan.first_query < 0) {
+        ptx::arrive(shared.q_full[part]);
+        continue;
+      }
+      const int rows = Config::kPacks ? params.grid.pack_heads * params.grid.pack_tokens : kRows;
+      ptx::arrive_and_expect(shared.q_full[part], static_cast<std::uint32_t>(rows * Config::kChunks * 128));
+      for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+        if constexpr (Config::kPacks)
+          ptx::load_box(shared.q[chunk], params.q, shared.q_full[part], 64 * chunk,
+                        plan.head - plan.key_head * params.grid.group, plan.first_query, plan.key_head, plan.batch);
+        else
+          ptx::load_box(shared.q[chunk][part * kRows], params.q, shared.q_full[part], 64 * chunk,
+                        plan.first_query + part * kRows, plan.head, plan.batch);
+    }
+    q_place.advance();
+  };
+
+  const int items = item_count(params.grid);
+  for (int item = blockIdx.x;;) {
+    TilePlan plan{.first_query = -1};
+    int next_item = item + static_cast<int>(gridDim.x);
+    if (item < items) {
+      // Asked for early: the answer takes a while, and is not needed before this tile's last load.
+      if (params.next_item != nullptr) next_item = static_cast<int>(gridDim.x + atomicAdd(params.next_item, 1u));
+      plan = plan_item<Config>(params.grid, item);
+    }
+    if (plan.first_query >= 0 && plan.steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
+    load_queries(plan);
+    if (plan.first_query < 0) return;
+    for (int step = 0; step < plan.steps; ++step) {
+      if (step + 1 < plan.steps) load_k(plan, step + 1);
+      load_v(plan, step);
+    }
+    item = next_item;
+  }
+}
+
+}  // namespace adaattn::cuda::sm90
