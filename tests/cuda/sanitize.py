@@ -37,10 +37,9 @@ def instances() -> None:
             mask.copy_(torch.rand(mask.shape) < 0.7)
             statistics = {n: torch.zeros(2, 8, queries, device="cuda") for n in ("entropy", "max_probability")}
             check(2, 8, queries, keys=(2, count), dim=dim, mask=mask, **statistics)
-    for name in (b"sm90_short", b"sm90_early_turns", b"sm90_own_queries", b"sm90_own_early", b"sm90_last_wave"):
-        for dim in (64, 128):
-            check(2, 3, 200, keys=(3, 700), dim=dim, kernel=name)
-            check(2, 70, 130, dim=dim, kernel=name, causal=1)
+    for dim in (64, 128):
+        check(2, 3, 200, keys=(3, 700), dim=dim, kernel=b"sm90_short")
+        check(2, 70, 130, dim=dim, kernel=b"sm90_short", causal=1)
     parts, lses = [filled(2, 3, 50, 72) for _ in range(3)], [torch.zeros(2, 3, 50, device="cuda") for _ in range(3)]
     merge(parts, lses, parts[0], lses[1])
     torch.cuda.synchronize()

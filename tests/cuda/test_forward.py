@@ -15,9 +15,9 @@ from binding import AdaAttnError, Forward
 
 import reference
 
-HOPPER = ("sm90_forward", "sm90_few_rows", "sm90_masks", "sm90_early_turns", "sm90_own_queries", "sm90_own_early")
+HOPPER = ("sm90_forward", "sm90_few_rows", "sm90_masks")
 TO_256 = (*HOPPER, "sm80_forward")
-TO_128 = ("sm90_short", "sm90_last_wave")
+TO_128 = ("sm90_short",)
 NAMES = os.environ.get("ADAATTN_TEST_KERNEL")
 KERNELS = NAMES.split(",") if NAMES else [*TO_256, *TO_128]
 BF16, FP16 = torch.bfloat16, torch.float16
