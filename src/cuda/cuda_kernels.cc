@@ -5,9 +5,11 @@
 #include <vector>
 
 #include "cuda/common/device.h"
+#include "cuda/simt/forward.h"
 #include "cuda/sm80/backward/backward.h"
 #include "cuda/sm80/forward/forward.h"
 #include "cuda/sm90/backward/backward.h"
+#include "cuda/sm90/float32/float32.h"
 #include "cuda/sm90/forward/forward.h"
 
 namespace adaattn::cuda {
@@ -21,6 +23,19 @@ Reasons needs_sm80() {
   return Reasons().unless(current_device_is(80) || current_device_is(90),
                           "needs a current device of compute capability 8.0 or 9.0 (A100, H100, H200)");
 }
+
+Reasons needs_any() {
+  return Reasons().unless(current_device_reaches(80), "needs a current device of compute capability 8.0 or later");
+}
+
+constexpr ForwardKernel kForwardSimt = {
+    .name = "simt_float32",
+    .summary = "exact, float32 on ordinary cores; D to 256, any strides, masks, statistics",
+    .device = ADAATTN_CUDA,
+    .unavailable = needs_any,
+    .declines = simt::declines_forward,
+    .workspace = simt::forward_workspace,
+    .run = simt::forward};
 
 constexpr ForwardKernel kForwardSm80 = {
     .name = "sm80_forward",
@@ -54,6 +69,9 @@ std::span<const ForwardKernel> forward_kernels() {
     const auto hopper = sm90::forward_rows();
     std::vector<ForwardKernel> all(hopper.begin(), hopper.end());
     all.push_back(kForwardSm80);
+    const auto hopper_float32 = sm90::float32_rows();
+    all.insert(all.end(), hopper_float32.begin(), hopper_float32.end());
+    all.push_back(kForwardSimt);
     return all;
   }();
   return rows;

@@ -6,18 +6,25 @@ import torch
 from binding import Backward, Forward, merge
 
 
-def filled(*shape: int) -> torch.Tensor:
+def filled(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Normal numbers by a copy from the host: torch's own kernels on the GPU would be checked, too."""
-    tensor = torch.zeros(*shape, device="cuda", dtype=torch.bfloat16)
+    tensor = torch.zeros(*shape, device="cuda", dtype=dtype)
     tensor.copy_(torch.randn(shape))
     return tensor
 
 
-def check(*shape: int, keys: tuple[int, int] | None = None, dim: int = 64, **options: object) -> None:
+def check(
+    *shape: int,
+    keys: tuple[int, int] | None = None,
+    dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: object,
+) -> None:
     """One forward call, [b, h, n] queries and [h, n] keys; both outputs finite."""
     b, heads, queries = shape
     key_heads, key_count = keys or (heads, queries)
-    q, k, v = filled(b, heads, queries, dim), filled(b, key_heads, key_count, dim), filled(b, key_heads, key_count, dim)
+    q = filled(b, heads, queries, dim, dtype=dtype)
+    k, v = (filled(b, key_heads, key_count, dim, dtype=dtype) for _ in range(2))
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
     Forward(q, k, v, out, lse, **options)()
     torch.cuda.synchronize()
@@ -82,6 +89,24 @@ def warp_products() -> None:
                 assert all(gradient.cpu().isfinite().all() for gradient in gradients)
 
 
+def float32() -> None:
+    """The kernels for float32."""
+    f32 = torch.float32
+    for name in (b"sm90_float32", b"sm90_float32_narrow", b"simt_float32"):
+        for dim in (40, 64, 128, 256):
+            if dim > 128 and name != b"simt_float32":
+                continue
+            check(2, 4, 200, keys=(2, 333), dim=dim, dtype=f32, kernel=name)
+            check(2, 70, 130, dim=dim, dtype=f32, kernel=name, causal=1)
+            check(1, 1, 500, keys=(1, 600), dim=dim, dtype=f32, kernel=name, window_left=100, window_right=0, sinks=4)
+            check(2, 2, 130, dim=dim, dtype=f32, kernel=name, key_lengths=torch.tensor([130, 33]).cuda())
+    for dim in (63, 64, 256):
+        mask = torch.zeros(2, 1, 200, 333, dtype=torch.bool, device="cuda")
+        mask.copy_(torch.rand(mask.shape) < 0.7)
+        statistics = {n: torch.zeros(2, 4, 200, device="cuda") for n in ("entropy", "max_probability")}
+        check(2, 4, 200, keys=(2, 333), dim=dim, dtype=f32, mask=mask, **statistics)
+
+
 def main() -> None:
     """Runs them; compute-sanitizer judges."""
     for dim in (64, 128, 256):
@@ -118,6 +143,7 @@ def main() -> None:
                     assert all(gradient.cpu().isfinite().all() for gradient in gradients)
     instances()
     warp_products()
+    float32()
     print("done")
 
 

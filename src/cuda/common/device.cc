@@ -48,6 +48,18 @@ Device describe(int device) {
           .multiprocessors = static_cast<int>(packed >> 16)};
 }
 
+// 0 without a device.
+int current_capability() {
+  static std::atomic<bool> some{false};  // a machine that had a device keeps it
+  cudaError_t status;
+  if (!some.load(std::memory_order_relaxed)) {
+    if (device_count(status) == 0) return 0;
+    some.store(true, std::memory_order_relaxed);
+  }
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess ? describe(device).capability : 0;
+}
+
 }  // namespace
 
 Device current_device() {
@@ -56,16 +68,9 @@ Device current_device() {
   return describe(device);
 }
 
-bool current_device_is(int wanted) {
-  static std::atomic<bool> some{false};  // a machine that had a device keeps it
-  cudaError_t status;
-  if (!some.load(std::memory_order_relaxed)) {
-    if (device_count(status) == 0) return false;
-    some.store(true, std::memory_order_relaxed);
-  }
-  int device = 0;
-  return cudaGetDevice(&device) == cudaSuccess && describe(device).capability == wanted;
-}
+bool current_device_is(int wanted) { return current_capability() == wanted; }
+
+bool current_device_reaches(int wanted) { return current_capability() >= wanted; }
 
 std::vector<std::string> devices() {
   std::vector<std::string> lines;

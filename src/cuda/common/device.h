@@ -16,7 +16,8 @@ struct Device {
 // calls on few rows take so little time that asking it every time shows.
 Device current_device();
 
-// Whether the current device exists and has this compute capability.
+// Whether the current device exists and has this compute capability, or at least this.
 bool current_device_is(int capability);
+bool current_device_reaches(int capability);
 
 }  // namespace adaattn::cuda

@@ -33,6 +33,19 @@ __device__ __forceinline__ void pack_operand(std::uint32_t (&packed)[kCount / 2]
   for (int i = 0; i < kCount / 2; ++i) packed[i] = pack<T>(values[2 * i], values[2 * i + 1]);
 }
 
+// The same as two 16-bit numbers an element: the words of what rounding left away come after all others.
+template <typename T, int kCount>
+__device__ __forceinline__ void pack_operand(std::uint32_t (&packed)[kCount], const float (&values)[kCount]) {
+  static_assert(std::is_same_v<T, __nv_bfloat16>, "a bfloat16 is the upper half of a float32");
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float low = values[2 * i], high = values[2 * i + 1];
+    const std::uint32_t both = pack<T>(low, high);
+    packed[i] = both;
+    packed[kCount / 2 + i] = pack<T>(low - __uint_as_float(both << 16), high - __uint_as_float(both & 0xFFFF0000u));
+  }
+}
+
 // Four lanes side by side hold word j of piece j's four in register j each; after it lane j holds all of piece j.
 __device__ __forceinline__ uint4 transpose_quad(const std::uint32_t (&words)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;

@@ -24,6 +24,9 @@ struct ForwardTile {
   // half a step apart, so that one's first and last products of a tile meet the other's softmax. They give the queries
   // back after the last product with them, not after the softmax of what it gave.
   bool own_queries = false;
+  // 16-bit numbers, each of which adds to the ones before, that make up one element of q, k and v. Two for float32: the
+  // second is what the first rounds away. They lie side by side in a row of the tensors that are copied.
+  int terms = 1;
 };
 
 // One block of threads works on kQueries rows: a producer warpgroup that copies, and the consumers.
@@ -40,6 +43,8 @@ struct ForwardConfig {
   static_assert(!kOwnQueries || !kPacks || kConsumers == 1, "the rows of a pack come in one piece");
   static constexpr int kQueryParts = kOwnQueries ? kConsumers : 1;  // that are loaded, and given back, separately
   static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
+  static constexpr int kTerms = kTile.terms, kStoredChunks = kChunks * kTerms;  // those of the first term come first
+  static_assert(kTerms == 1 || (kTerms == 2 && !kPacks && !kParts && !kMasks), "not written for two terms");
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
   // number, a multiple of 8; one consumer alone with a producer has enough of them then.
@@ -55,9 +60,9 @@ struct ForwardConfig {
 template <typename Config>
 struct ForwardShared {
   using Element = std::uint16_t;
-  alignas(1024) Element q[Config::kChunks][Config::kQueries][64];
-  alignas(1024) Element k[Config::kStages][Config::kChunks][Config::kKeys][64];
-  alignas(1024) Element v[Config::kStages][Config::kChunks][Config::kKeys][64];
+  alignas(1024) Element q[Config::kStoredChunks][Config::kQueries][64];
+  alignas(1024) Element k[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
+  alignas(1024) Element v[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
   std::uint64_t q_full[Config::kQueryParts], q_empty[Config::kQueryParts];  // q_full also guards the plan
   std::uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   std::uint64_t v_full[Config::kStages], v_empty[Config::kStages];

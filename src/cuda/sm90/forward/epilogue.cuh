@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/sm90/forward/config.h"
 #include "cuda/sm90/forward/row_result.cuh"
@@ -29,6 +30,17 @@ __device__ __forceinline__ RowResult finish_row(const RowState& state, int row, 
   return result;
 }
 
+// This thread's part of a float32 row of dim_v columns. Four threads write 32 bytes of it together.
+template <typename Config>
+__device__ __forceinline__ void write_row(float* to, const float (&out)[Config::kDim / 2], float inverse, int row,
+                                          int dim_v) {
+#pragma unroll
+  for (int j = 0; j < Config::kDim / 8; ++j)
+    if (8 * j < dim_v)
+      *reinterpret_cast<float2*>(to + 8 * j + 2 * (threadIdx.x % 4)) =
+          make_float2(out[4 * j + 2 * row] * inverse, out[4 * j + 2 * row + 1] * inverse);
+}
+
 // tile_row is this thread's upper row in the tile. A row that saw no key becomes 0, its lse -inf.
 template <typename T, typename Config>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TilePlan& plan, int tile_row,
@@ -42,22 +54,26 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
     if (place.exists && lane % 4 == 0) store_row_result<Config::kMasks>(params, plan.batch, place, result);
     T* to = static_cast<T*>(params.out) + plan.batch * params.out_stride[0] + place.head * params.out_stride[1] +
             place.query * params.out_stride[2];
+    if constexpr (std::is_same_v<T, float>) {
+      write_row<Config>(to, out, inverse, row, place.exists ? params.dim_v : 0);
+    } else {
 #pragma unroll
-    for (int j = 0; j < Config::kDim / 32; ++j) {  // 32 columns: one piece of 8 a lane
-      std::uint32_t words[4];
+      for (int j = 0; j < Config::kDim / 32; ++j) {  // 32 columns: one piece of 8 a lane
+        std::uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (4 * j + i) + 2 * row;
-        words[i] = pack<T>(out[at] * inverse, out[at + 1] * inverse);
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (4 * j + i) + 2 * row;
+          words[i] = pack<T>(out[at] * inverse, out[at + 1] * inverse);
+        }
+        const uint4 piece = transpose_quad(words, lane);
+        const int column = 32 * j + 8 * (lane % 4);
+        if (place.exists && column < params.dim_v) *reinterpret_cast<uint4*>(to + column) = piece;
       }
-      const uint4 piece = transpose_quad(words, lane);
-      const int column = 32 * j + 8 * (lane % 4);
-      if (place.exists && column < params.dim_v) *reinterpret_cast<uint4*>(to + column) = piece;
     }
   }
 }
 
-// The same for a part of a tile's keys: float32, to the workspace. Four threads write 32 bytes of a row together.
+// The same for a part of a tile's keys: float32, to the workspace.
 template <typename Config>
 __device__ __forceinline__ void store_part(const ForwardParams& params, const TilePlan& plan, int tile_row,
                                            const float (&out)[Config::kDim / 2], const RowState& state) {
@@ -70,12 +86,7 @@ __device__ __forceinline__ void store_part(const ForwardParams& params, const Ti
     const std::int64_t slot = static_cast<std::int64_t>(plan.part) * Config::kQueries + tile_row + 8 * row;
     if (lane % 4 == 0) *reinterpret_cast<float4*>(params.part_rows + slot) = reinterpret_cast<const float4&>(result);
     if (sum == 0.0f) continue;
-    float* to = params.part_out + slot * params.dim_v + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < Config::kDim / 8; ++j)
-      if (8 * j < params.dim_v)
-        *reinterpret_cast<float2*>(to + 8 * j) =
-            make_float2(out[4 * j + 2 * row] * inverse, out[4 * j + 2 * row + 1] * inverse);
+    write_row<Config>(params.part_out + slot * params.dim_v, out, inverse, row, params.dim_v);
   }
 }
 

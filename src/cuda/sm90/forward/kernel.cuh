@@ -6,7 +6,12 @@
 // 2407.08608): next Q K^T before the current P V, consumers taking turns at the tensor cores.
 #pragma once
 
+#include <cuda_bf16.h>
+
+#include <type_traits>
+
 #include "cuda/common/ptx/mbarrier.cuh"
+#include "cuda/common/ptx/thread.cuh"
 #include "cuda/common/ptx/warpgroup.cuh"
 #include "cuda/common/ptx/wgmma_rs.cuh"
 #include "cuda/common/ptx/wgmma_ss.cuh"
@@ -24,30 +29,56 @@ using RowMajor = ptx::WgmmaOperand<0>;  // q and k: the product's k runs along t
 template <typename Config>
 using ColumnMajor = ptx::WgmmaOperand<Config::kKeys * 128>;  // v
 
+// What is multiplied: float32 as sums of bfloat16.
+template <typename T>
+using Factor = std::conditional_t<std::is_same_v<T, float>, __nv_bfloat16, T>;
+
+// The products of terms that make up a product: of both first terms alone, or, least first since sums are cut off and
+// not rounded, those of the left one's second term, the right one's second, and both first. What is left out, the
+// product of both second terms, is up to 2^-18 of the whole.
+template <typename Config>
+struct TermPairs {
+  static constexpr int kCount = Config::kTerms == 1 ? 1 : 3;
+  static constexpr int left(int pair) { return kCount == 3 && pair == 0 ? 1 : 0; }
+  static constexpr int right(int pair) { return kCount == 3 && pair == 1 ? 1 : 0; }
+};
+
 // scores = q k^T, one group of products.
 template <typename T, typename Config>
 __device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2], RowMajor<Config> q,
                                              RowMajor<Config> k) {
   ptx::pin_registers(scores);
   ptx::wgmma_fence();
+  using Pairs = TermPairs<Config>;
 #pragma unroll
-  for (int i = 0; i < Config::kDim / 16; ++i) {
-    const int chunk = i / 4, within = i % 4 * 32;
-    ptx::wgmma_ss<T>(scores, q.at(chunk * Config::kQueries * 128 + within), k.at(chunk * Config::kKeys * 128 + within),
-                     i > 0);
-  }
+  for (int pair = 0; pair < Pairs::kCount; ++pair)
+#pragma unroll
+    for (int i = 0; i < Config::kDim / 16; ++i) {
+      const int q_chunk = Pairs::left(pair) * Config::kChunks + i / 4, within = i % 4 * 32;
+      const int k_chunk = Pairs::right(pair) * Config::kChunks + i / 4;
+      ptx::wgmma_ss<Factor<T>>(scores, q.at(q_chunk * Config::kQueries * 128 + within),
+                               k.at(k_chunk * Config::kKeys * 128 + within), pair + i > 0);
+    }
   ptx::wgmma_commit();
 }
 
-// out += p v, one group of products.
+// out += p v, with two terms out = p v, one group of products.
 template <typename T, typename Config>
-__device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2], std::uint32_t (&p)[Config::kKeys / 4],
+__device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2],
+                                             std::uint32_t (&p)[Config::kTerms * Config::kKeys / 4],
                                              ColumnMajor<Config> v) {
+  using Pairs = TermPairs<Config>;
+  constexpr int kSteps = Config::kKeys / 16;
   ptx::pin_registers(out);
   ptx::pin_registers(p);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Config::kKeys / 16; ++i) ptx::wgmma_rs<T>(out, p + 4 * i, v.at(i * 16 * 128), 1);
+  for (int product = 0; product < Pairs::kCount * kSteps; ++product) {
+    const int pair = product / kSteps, i = product % kSteps;
+    ptx::wgmma_rs<Factor<T>>(out, p + 4 * (Pairs::left(pair) * kSteps + i),
+                             v.at((Pairs::right(pair) * Config::kChunks * Config::kKeys + i * 16) * 128),
+                             Config::kTerms == 1 || product > 0);
+  }
   ptx::wgmma_commit();
 }
 
@@ -56,26 +87,48 @@ __device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2], std
 template <typename Config>
 __device__ __forceinline__ void clear_tail(ForwardShared<Config>& shared, int stage, int first) {
   for (int i = first * 8 + static_cast<int>(threadIdx.x) - 128; i < Config::kKeys * 8; i += 128 * Config::kConsumers)
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+    for (int chunk = 0; chunk < Config::kStoredChunks; ++chunk)
       reinterpret_cast<uint4*>(shared.v[stage][chunk])[i] = make_uint4(0, 0, 0, 0);
   ptx::fence_async_proxy();
   ptx::barrier_sync(1 + Config::kConsumers, 128 * Config::kConsumers);
+}
+
+template <bool kFirst, typename Object>
+__device__ __forceinline__ Object& choose(Object& first, Object& second) {
+  if constexpr (kFirst)
+    return first;
+  else
+    return second;
 }
 
 template <typename T, typename Config>
 __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShared<Config>& shared, int consumer) {
   constexpr int kKeys = Config::kKeys, kTurnThreads = 2 * ptx::kWarpgroupThreads;
   const int query_part = Config::kQueryParts > 1 ? consumer : 0;
-  const int turn = 1 + consumer, next_turn = 1 + (consumer + 1) % Config::kConsumers;
+  // With two terms registers are scarcer still: what depends on the consumer is made anew where it is used.
+  const auto own_index = [&]() -> int {
+    if constexpr (Config::kTerms == 1)
+      return consumer;
+    else
+      return static_cast<int>(ptx::fresh_thread_index()) / ptx::kWarpgroupThreads - 1;
+  };
+  const auto turn = [&] { return 1 + own_index(); };
+  const auto next_turn = [&] { return 1 + (own_index() + 1) % Config::kConsumers; };
   const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
   const auto release = [&](ptx::Barrier& barrier) {
     if (ptx::thread_in_warpgroup() % 32 == 0) ptx::arrive(barrier);
   };
-  const RowMajor<Config> q(address(shared.q[0][64 * consumer]));
+  const RowMajor<Config> kept_q(address(shared.q[0][64 * consumer]));
+  const auto own_q = [&] {
+    if constexpr (Config::kTerms == 1)
+      return kept_q;
+    else
+      return RowMajor<Config>(address(shared.q[0][64 * own_index()]));
+  };
   ptx::RingPlace<Config::kStages> k_place, v_place;
   ptx::RingPlace<1> q_place;
 
-  if (Config::kTakeTurns && consumer == Config::kConsumers - 1) ptx::barrier_arrive(next_turn, kTurnThreads);
+  if (Config::kTakeTurns && consumer == Config::kConsumers - 1) ptx::barrier_arrive(next_turn(), kTurnThreads);
   for (;;) {
     ptx::wait(shared.q_full[query_part], q_place.parity);
     const TilePlan& plan = shared.plan[q_place.parity][query_part];  // registers are scarce
@@ -84,7 +137,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     const StripPlan strip = plan_strip<Config>(params.grid, plan, consumer);
     const auto tile_row = [&] {
       const int thread = ptx::thread_in_warpgroup();
-      return 64 * consumer + 16 * (thread / 32) + thread % 32 / 4;
+      return 64 * own_index() + 16 * (thread / 32) + thread % 32 / 4;
     };
     const auto finish_scores = [&](float(&scores)[kKeys / 2], int step) {
       const int block = block_of_step(plan, step);
@@ -105,6 +158,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     float out[Config::kDim / 2];
 #pragma unroll
     for (float& value : out) value = 0.0f;
+    // With two terms each step's products add up from zero, and are added to out by instructions that round: the tensor
+    // cores cut sums off, and over many steps that adds up. The correction is then applied a step later, in that
+    // addition.
+    constexpr bool kAddsSteps = Config::kTerms > 1;
+    float of_step[Config::kDim / 2];
+    auto& sums = choose<kAddsSteps>(of_step, out);
     RowState state;
 
     if (plan.key_count < params.grid.key_count && plan.steps > 0)
@@ -122,16 +181,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       release(shared.v_empty[v_place.stage]);
       v_place.advance();
       if (Config::kTakeTurns && step + 1 < plan.steps) {
-        ptx::barrier_sync(turn, kTurnThreads);
-        ptx::barrier_arrive(next_turn, kTurnThreads);
+        ptx::barrier_sync(turn(), kTurnThreads);
+        ptx::barrier_arrive(next_turn(), kTurnThreads);
       }
     }
 
     if (strip.first_step < plan.steps) {
       float scores[kKeys / 2], correction[2];
-      std::uint32_t p[kKeys / 4];
+      std::uint32_t p[Config::kTerms * kKeys / 4];
       ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-      start_scores<T, Config>(scores, q, RowMajor<Config>(address(shared.k[k_place.stage])));
+      start_scores<T, Config>(scores, own_q(), RowMajor<Config>(address(shared.k[k_place.stage])));
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       release(shared.k_empty[k_place.stage]);
@@ -139,7 +198,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       finish_scores(scores, strip.first_step);
       const float first_tops[2] = {row_max(scores, 0), row_max(scores, 1)};
       exponentiate<Config::kMasks>(scores, first_tops, state, correction, scale_log2);
-      pack_operand<T>(p, scores);
+      pack_operand<Factor<T>>(p, scores);
 
       // Tests whether the next blocks have come are made early, so that their answers are there when they are needed: a
       // step's chain of latencies is what bounds the kernel, not its instructions.
@@ -151,11 +210,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         const RowMajor<Config> k(address(shared.k[k_place.stage]));
         const ColumnMajor<Config> v(address(shared.v[v_place.stage]));
         if (!keys_came) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-        if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
-        start_scores<T, Config>(scores, q, k);
+        if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn(), kTurnThreads);
+        start_scores<T, Config>(scores, own_q(), k);
         if (!values_came) ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-        start_output<T, Config>(out, p, v);
-        if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
+        start_output<T, Config>(sums, p, v);
+        if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn(), kTurnThreads);
         ptx::wgmma_wait<1>();
         ptx::pin_registers(scores);
         release(shared.k_empty[k_place.stage]);
@@ -164,14 +223,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         if constexpr (kHide) finish_scores(scores, step);
         const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
         keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
+        const float before[2] = {correction[0], correction[1]};
         ptx::wgmma_wait<0>();
-        ptx::pin_registers(out);
+        ptx::pin_registers(sums);
         release(shared.v_empty[v_place.stage]);
         v_place.advance();
         values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
+        if constexpr (kAddsSteps) rescale_and_add(out, before, of_step);
         exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
-        rescale(out, correction);
-        pack_operand<T>(p, scores);
+        if constexpr (!kAddsSteps) rescale(out, correction);
+        pack_operand<Factor<T>>(p, scores);
       };
       // Steps in [full_begin, full_end) hide nothing: in a loop of their own, without a word about what is visible.
       const int full_begin = Config::kMasks ? steps : clamp_int(plan.block_end - strip.full_end, step, steps);
@@ -186,11 +247,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         }
       }
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-      start_output<T, Config>(out, p, ColumnMajor<Config>(address(shared.v[v_place.stage])));
+      start_output<T, Config>(sums, p, ColumnMajor<Config>(address(shared.v[v_place.stage])));
       ptx::wgmma_wait<0>();
-      ptx::pin_registers(out);
+      ptx::pin_registers(sums);
       release(shared.v_empty[v_place.stage]);
       v_place.advance();
+      if constexpr (kAddsSteps) rescale_and_add(out, correction, of_step);
     } else {
       give_queries_back();
     }

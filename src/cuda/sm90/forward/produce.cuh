@@ -19,7 +19,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
                               int step) {
     ptx::wait(empty[place.stage], place.parity ^ 1);
     ptx::arrive_and_expect(full[place.stage], kBlockBytes);
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+    for (int chunk = 0; chunk < Config::kStoredChunks; ++chunk)
       ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk,
                     block_of_step(plan, step) * Config::kKeys, plan.key_head, plan.batch);
     place.advance();
@@ -43,8 +43,8 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
         continue;
       }
       const int rows = Config::kPacks ? params.grid.pack_heads * params.grid.pack_tokens : kRows;
-      ptx::arrive_and_expect(shared.q_full[part], static_cast<std::uint32_t>(rows * Config::kChunks * 128));
-      for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+      ptx::arrive_and_expect(shared.q_full[part], static_cast<std::uint32_t>(rows * Config::kStoredChunks * 128));
+      for (int chunk = 0; chunk < Config::kStoredChunks; ++chunk)
         if constexpr (Config::kPacks)
           ptx::load_box(shared.q[chunk], params.q, shared.q_full[part], 64 * chunk,
                         plan.head - plan.key_head * params.grid.group, plan.first_query, plan.key_head, plan.batch);

@@ -74,6 +74,14 @@ __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&corr
   for (int i = 0; i < kCount; ++i) out[i] *= correction[i / 2 % 2];
 }
 
+// out = out correction + of_step.
+template <int kCount>
+__device__ __forceinline__ void rescale_and_add(float (&out)[kCount], const float (&correction)[2],
+                                                const float (&of_step)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = fmaf(out[i], correction[i / 2 % 2], of_step[i]);
+}
+
 // Hides what the queries of this thread's two rows do not see; first_key is the key of scores[0].
 template <int kCount>
 __device__ __forceinline__ void hide(float (&scores)[kCount], const Visibility& visibility, const int (&queries)[2],

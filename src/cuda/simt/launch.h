@@ -1,0 +1,33 @@
+// The parameters of the float32 kernel that runs on ordinary cores, and its launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/visibility.h"
+#include "cuda/sm80/mask_view.h"
+
+namespace adaattn::cuda::simt {
+
+struct TensorView {
+  float* data;
+  std::int64_t stride[4];  // in elements
+};
+
+struct ForwardParams {
+  TensorView q, k, v, out;                 // [batch, head, token, dim]
+  float *lse, *entropy, *max_probability;  // [batch, heads, query_count] or null
+  const std::int64_t* key_lengths;         // [batch] or null
+  sm80::MaskView mask;
+  const unsigned* only_if;  // the kernel returns at once where this is 0; or null
+  Visibility visibility;
+  bool bottom_right;
+  float scale;
+  int batch, heads, group, query_count, key_count, dim, dim_v;
+};
+
+// dim and dim_v are at most 256.
+void launch_forward(const ForwardParams& params, cudaStream_t stream);
+
+}  // namespace adaattn::cuda::simt
