@@ -30,21 +30,28 @@ double scale_of(const Args& args) {
 }
 
 // The tile sizes of a row of the table, by a function that calls visit with the configuration that a problem takes.
-struct Wide {
-  static constexpr char kName[] = "sm90_float32";
+template <typename Config64, typename Config128>
+struct ByHeadSize {
   template <typename Visitor>
   static void with_config(const Args& args, const Visitor& visit) {
-    if (dim_of(args) <= 64) return visit(Float64{});
-    visit(Float128{});
+    if (dim_of(args) <= 64) return visit(Config64{});
+    visit(Config128{});
   }
 };
-struct Narrow {
+struct Usual : ByHeadSize<Float64, Float128> {
+  static constexpr char kName[] = "sm90_float32";
+};
+struct Narrow : ByHeadSize<Float64Narrow, Float128Narrow> {
   static constexpr char kName[] = "sm90_float32_narrow";
-  template <typename Visitor>
-  static void with_config(const Args& args, const Visitor& visit) {
-    if (dim_of(args) <= 64) return visit(Float64Narrow{});
-    visit(Float128Narrow{});
-  }
+};
+struct Turns : ByHeadSize<Float64Turns, Float128Turns> {
+  static constexpr char kName[] = "sm90_float32_turns";
+};
+struct First : ByHeadSize<Float64First, Float128First> {
+  static constexpr char kName[] = "sm90_float32_first";
+};
+struct Both : ByHeadSize<Float64First, Float128Both> {
+  static constexpr char kName[] = "sm90_float32_both";
 };
 
 // A tensor's two terms, side by side in the rows of a contiguous one.
@@ -168,8 +175,10 @@ Reasons declines(const Args& args) {
               "too many tokens or heads");
 }
 
-Reasons declines_narrow(const Args& args) {
-  const bool named = args.options.kernel != nullptr && std::strcmp(args.options.kernel, Narrow::kName) == 0;
+// Variants that wait to be measured run only when they are asked for.
+template <typename Use>
+Reasons declines_variant(const Args& args) {
+  const bool named = args.options.kernel != nullptr && std::strcmp(args.options.kernel, Use::kName) == 0;
   return declines(args).unless(named, "runs only when it is named");
 }
 
@@ -177,21 +186,23 @@ Reasons needs_sm90() {
   return Reasons().unless(current_device_is(90), "needs a current device of compute capability 9.0 (H100, H200)");
 }
 
+template <typename Use>
+constexpr ForwardKernel row(const char* summary, Reasons (*declines_call)(const Args&)) {
+  return {.name = Use::kName,
+          .summary = summary,
+          .device = ADAATTN_CUDA,
+          .unavailable = needs_sm90,
+          .declines = declines_call,
+          .workspace = workspace,
+          .run = run<Use>};
+}
+
 constexpr std::array kRows = {
-    ForwardKernel{.name = Wide::kName,
-                  .summary = "float32 as three bfloat16 products on Hopper tensor cores; D in steps of 8 to 128",
-                  .device = ADAATTN_CUDA,
-                  .unavailable = needs_sm90,
-                  .declines = declines,
-                  .workspace = workspace,
-                  .run = run<Wide>},
-    ForwardKernel{.name = Narrow::kName,
-                  .summary = "sm90_float32 with fewer keys a step",
-                  .device = ADAATTN_CUDA,
-                  .unavailable = needs_sm90,
-                  .declines = declines_narrow,
-                  .workspace = workspace,
-                  .run = run<Narrow>}};
+    row<Usual>("float32 as three bfloat16 products on Hopper tensor cores; D in steps of 8 to 128", declines),
+    row<Narrow>("sm90_float32 with fewer keys a step", declines_variant<Narrow>),
+    row<Turns>("sm90_float32 with consumers taking turns", declines_variant<Turns>),
+    row<First>("sm90_float32 with exponentials before the wait for P V", declines_variant<First>),
+    row<Both>("sm90_float32_first with consumers taking turns", declines_variant<Both>)};
 
 }  // namespace
 

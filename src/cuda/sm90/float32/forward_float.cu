@@ -6,7 +6,5 @@ namespace adaattn::cuda::sm90 {
 
 template void launch_forward<float, Float64>(const ForwardParams&, const ForwardLaunch&);
 template void launch_forward<float, Float128>(const ForwardParams&, const ForwardLaunch&);
-template void launch_forward<float, Float64Narrow>(const ForwardParams&, const ForwardLaunch&);
-template void launch_forward<float, Float128Narrow>(const ForwardParams&, const ForwardLaunch&);
 
 }  // namespace adaattn::cuda::sm90
