@@ -92,8 +92,7 @@ def warp_products() -> None:
 def float32() -> None:
     """The kernels for float32."""
     f32 = torch.float32
-    variants = (b"sm90_float32" + more for more in (b"", b"_narrow", b"_turns", b"_first", b"_both"))
-    for name in (*variants, b"simt_float32"):
+    for name in (b"sm90_float32", b"simt_float32"):
         for dim in (40, 64, 128, 256):
             if dim > 128 and name != b"simt_float32":
                 continue

@@ -16,7 +16,7 @@ from binding import AdaAttnError, Forward
 import reference
 
 SIMT = "simt_float32"
-SPLIT = ("sm90_float32", "sm90_float32_narrow", "sm90_float32_turns", "sm90_float32_first", "sm90_float32_both")
+SPLIT = ("sm90_float32",)
 NAMES = os.environ.get("ADAATTN_TEST_KERNEL")
 KERNELS = NAMES.split(",") if NAMES else [*SPLIT, SIMT]
 

@@ -4,7 +4,6 @@
 #include <array>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 
 #include "common/scratch.h"
 #include "cuda/common/check.h"
@@ -28,31 +27,6 @@ std::int64_t padded_dim_of(const Args& args) { return dim_of(args) <= 64 ? 64 : 
 double scale_of(const Args& args) {
   return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
 }
-
-// The tile sizes of a row of the table, by a function that calls visit with the configuration that a problem takes.
-template <typename Config64, typename Config128>
-struct ByHeadSize {
-  template <typename Visitor>
-  static void with_config(const Args& args, const Visitor& visit) {
-    if (dim_of(args) <= 64) return visit(Config64{});
-    visit(Config128{});
-  }
-};
-struct Usual : ByHeadSize<Float64, Float128> {
-  static constexpr char kName[] = "sm90_float32";
-};
-struct Narrow : ByHeadSize<Float64Narrow, Float128Narrow> {
-  static constexpr char kName[] = "sm90_float32_narrow";
-};
-struct Turns : ByHeadSize<Float64Turns, Float128Turns> {
-  static constexpr char kName[] = "sm90_float32_turns";
-};
-struct First : ByHeadSize<Float64First, Float128First> {
-  static constexpr char kName[] = "sm90_float32_first";
-};
-struct Both : ByHeadSize<Float64First, Float128Both> {
-  static constexpr char kName[] = "sm90_float32_both";
-};
 
 // A tensor's two terms, side by side in the rows of a contiguous one.
 adaattn_tensor terms_of(const adaattn_tensor& tensor, std::int64_t padded_dim, Scratch& scratch) {
@@ -133,10 +107,12 @@ void launch(const Args& args) {
   simt::launch_forward(again, stream);
 }
 
-template <typename Use>
 void run(const Args& args) {
   if (count_of(args.out) == 0) return;
-  Use::with_config(args, [&]<typename Config>(Config) { launch<Config>(args); });
+  if (padded_dim_of(args) == 64)
+    launch<Float64>(args);
+  else
+    launch<Float128>(args);
 }
 
 std::size_t workspace(const Args& args) {
@@ -175,34 +151,18 @@ Reasons declines(const Args& args) {
               "too many tokens or heads");
 }
 
-// Variants that wait to be measured run only when they are asked for.
-template <typename Use>
-Reasons declines_variant(const Args& args) {
-  const bool named = args.options.kernel != nullptr && std::strcmp(args.options.kernel, Use::kName) == 0;
-  return declines(args).unless(named, "runs only when it is named");
-}
-
 Reasons needs_sm90() {
   return Reasons().unless(current_device_is(90), "needs a current device of compute capability 9.0 (H100, H200)");
 }
 
-template <typename Use>
-constexpr ForwardKernel row(const char* summary, Reasons (*declines_call)(const Args&)) {
-  return {.name = Use::kName,
-          .summary = summary,
-          .device = ADAATTN_CUDA,
-          .unavailable = needs_sm90,
-          .declines = declines_call,
-          .workspace = workspace,
-          .run = run<Use>};
-}
-
 constexpr std::array kRows = {
-    row<Usual>("float32 as three bfloat16 products on Hopper tensor cores; D in steps of 8 to 128", declines),
-    row<Narrow>("sm90_float32 with fewer keys a step", declines_variant<Narrow>),
-    row<Turns>("sm90_float32 with consumers taking turns", declines_variant<Turns>),
-    row<First>("sm90_float32 with exponentials before the wait for P V", declines_variant<First>),
-    row<Both>("sm90_float32_first with consumers taking turns", declines_variant<Both>)};
+    ForwardKernel{.name = "sm90_float32",
+                  .summary = "float32 as three bfloat16 products on Hopper tensor cores; D in steps of 8 to 128",
+                  .device = ADAATTN_CUDA,
+                  .unavailable = needs_sm90,
+                  .declines = declines,
+                  .workspace = workspace,
+                  .run = run}};
 
 }  // namespace
 

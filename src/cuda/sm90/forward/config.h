@@ -27,8 +27,6 @@ struct ForwardTile {
   // 16-bit numbers, each of which adds to the ones before, that make up one element of q, k and v. Two for float32: the
   // second is what the first rounds away. They lie side by side in a row of the tensors that are copied.
   int terms = 1;
-  // With two terms: a step's exponentials come before the wait for the products with V of the step before.
-  bool exponentials_first = false;
 };
 
 // One block of threads works on kQueries rows: a producer warpgroup that copies, and the consumers.
@@ -46,8 +44,6 @@ struct ForwardConfig {
   static constexpr int kQueryParts = kOwnQueries ? kConsumers : 1;  // that are loaded, and given back, separately
   static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
   static constexpr int kTerms = kTile.terms, kStoredChunks = kChunks * kTerms;  // those of the first term come first
-  static constexpr bool kExponentialsFirst = kTile.exponentials_first;
-  static_assert(kTerms == 2 || !kExponentialsFirst, "out is rescaled by this step's correction");
   static_assert(kTerms == 1 || (kTerms == 2 && !kPacks && !kParts && !kMasks), "not written for two terms");
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
