@@ -223,7 +223,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         if constexpr (kHide) finish_scores(scores, step);
         const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
         keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
-        const float before[2] = {correction[0], correction[1]};
+        [[maybe_unused]] const float before[2] = {correction[0], correction[1]};
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sums);
         release(shared.v_empty[v_place.stage]);
