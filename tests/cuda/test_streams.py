@@ -69,3 +69,31 @@ def test_threads_do_not_meet():
         for a, b in zip(want, got, strict=True):
             assert not a.isnan().any()
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_thread_without_a_context(shape):
+    """The first thing of CUDA that a thread does is one of our calls, as in autograd's threads."""
+    calls, written = prepare(shape, torch.device("cuda", 0), 3)
+    for call in calls:
+        call()
+    want = [tensor.clone() for tensor in written]
+    failed: list[Exception] = []
+
+    def run(call) -> None:
+        try:
+            call()
+        except Exception as reason:  # noqa: BLE001 - told by the thread that waits
+            failed.append(reason)
+
+    for tensor in written:
+        tensor.fill_(float("nan"))
+    torch.cuda.synchronize()
+    for call in calls:
+        thread = threading.Thread(target=run, args=(call,))
+        thread.start()
+        thread.join()
+    torch.cuda.synchronize()
+    assert not failed
+    for a, b in zip(want, written, strict=True):
+        assert torch.equal(a, b)

@@ -65,6 +65,9 @@ int current_capability() {
 Device current_device() {
   int device = 0;
   ADAATTN_CUDA_CHECK(cudaGetDevice(&device));
+  // A thread that has called nothing of the runtime but this has no context yet, and the driver's functions want one:
+  // autograd's threads are such. Costs nothing where the device is set already.
+  ADAATTN_CUDA_CHECK(cudaSetDevice(device));
   return describe(device);
 }
 

@@ -222,26 +222,29 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         if (step + 1 == steps) give_queries_back();
         if constexpr (kHide) finish_scores(scores, step);
         const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
-        keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
+        if constexpr (Config::kTerms == 1) keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
         [[maybe_unused]] const float before[2] = {correction[0], correction[1]};
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sums);
         release(shared.v_empty[v_place.stage]);
         v_place.advance();
-        values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
+        if constexpr (Config::kTerms == 1)
+          values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
         if constexpr (kAddsSteps) rescale_and_add(out, before, of_step);
         exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
         if constexpr (!kAddsSteps) rescale(out, correction);
         pack_operand<Factor<T>>(p, scores);
       };
       // Steps in [full_begin, full_end) hide nothing: in a loop of their own, without a word about what is visible.
-      const int full_begin = Config::kMasks ? steps : clamp_int(plan.block_end - strip.full_end, step, steps);
+      // With two terms there are no registers for that, nor for tests made early.
+      const int full_begin =
+          Config::kMasks || Config::kTerms == 2 ? steps : clamp_int(plan.block_end - strip.full_end, step, steps);
       const int full_end = most(full_begin, least(plan.block_end - strip.full_begin, plan.window_steps));
       for (int until = full_begin;; until = steps) {
 #pragma unroll 1
         for (; step < until; ++step) advance.template operator()<true>();
         if (until == steps) break;
-        if constexpr (!Config::kMasks) {
+        if constexpr (!Config::kMasks && Config::kTerms == 1) {
 #pragma unroll 1
           for (; step < full_end; ++step) advance.template operator()<false>();
         }
