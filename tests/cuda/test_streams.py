@@ -83,7 +83,7 @@ def test_thread_without_a_context(shape):
     def run(call) -> None:
         try:
             call()
-        except Exception as reason:  # noqa: BLE001 - told by the thread that waits
+        except Exception as reason:
             failed.append(reason)
 
     for tensor in written:

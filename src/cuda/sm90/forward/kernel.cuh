@@ -202,7 +202,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
 
       // Tests whether the next blocks have come are made early, so that their answers are there when they are needed: a
       // step's chain of latencies is what bounds the kernel, not its instructions.
-      const int steps = plan.steps;
+      const int kept_steps = plan.steps;
+      const int& steps = Config::kTerms == 1 ? kept_steps : plan.steps;  // the plan is in shared memory
       int step = strip.first_step + 1;
       bool keys_came = false, values_came = false;
       if (step == steps) give_queries_back();
