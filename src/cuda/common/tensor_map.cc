@@ -1,27 +1,16 @@
 #include "cuda/common/tensor_map.h"
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
 #include "common/dtype.h"
 #include "common/error.h"
-#include "cuda/common/check.h"
+#include "cuda/common/driver.h"
 
 namespace adaattn::cuda {
 namespace {
 
-// By the runtime, so that the library does not link the driver and loads without one.
 decltype(&cuTensorMapEncodeTiled) encoder() {
-  static const auto function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    ADAATTN_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-      throw StatusError(ADAATTN_INTERNAL_ERROR, "the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  }();
+  static const auto function = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
   return function;
 }
 
