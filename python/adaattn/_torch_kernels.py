@@ -36,7 +36,8 @@ def _run_forward(
     results = make_results(q, v)
     lse, heads, times, entropy, max_probability = (*(part.data_ptr() for part in results[1:]), 0, 0, 0, 0)[:5]
     # Their means are in the reports of heads.
-    masses = {name: empty_rows(q) for name in ("summarised_mass", "omitted_mass") if entropy and q.is_cpu}
+    masses = [empty_rows(q) for _ in range(2 if entropy and q.is_cpu else 0)]
+    summarised_mass, omitted_mass = (*(rows.data_ptr() for rows in masses), 0, 0)[:2]
     with _torch_arrays.device_of(q):
         _calls.forward(
             *views,
@@ -52,7 +53,8 @@ def _run_forward(
             0 if plans is None else _checked_plans(plans, q).data_ptr(),
             times,
             0 if tile_classes is None else tile_classes.data_ptr(),
-            **{name: rows.data_ptr() for name, rows in masses.items()},
+            summarised_mass=summarised_mass,
+            omitted_mass=omitted_mass,
         )
     return results
 
