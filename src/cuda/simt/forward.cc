@@ -1,12 +1,11 @@
 #include "cuda/simt/forward.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "cuda/common/call.h"
 
 namespace adaattn::cuda::simt {
 namespace {
-
-bool has_elements(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] > 0; }
 
 TensorView view_of(const adaattn_tensor& tensor) {
   TensorView view{.data = static_cast<float*>(tensor.data), .stride = {}};
@@ -35,8 +34,7 @@ ForwardParams make_params(const adaattn_forward_args& args) {
   params.mask = sm80::make_mask_view(args.mask);
   params.visibility = make_visibility(args.options, args.q.shape[2], args.k.shape[2]);
   params.bottom_right = args.options.alignment == ADAATTN_BOTTOM_RIGHT;
-  params.scale = static_cast<float>(
-      args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3])));
+  params.scale = static_cast<float>(scale_of(args));
   params.batch = static_cast<int>(args.q.shape[0]);
   params.heads = static_cast<int>(args.q.shape[1]);
   params.group = static_cast<int>(args.q.shape[1] / args.k.shape[1]);

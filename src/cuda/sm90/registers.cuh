@@ -7,24 +7,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/common/ptx/arithmetic.cuh"
+
 namespace adaattn::cuda::sm90 {
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-// Two values rounded to 16 bits, low in the lower half.
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high) {
-  std::uint32_t result;
-  if constexpr (std::is_same_v<T, __half>)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
+using ptx::exp2_fast;
+using ptx::max_nan;
+using ptx::pack;
 
 // An accumulator as the A operand of the next product: its layout is the operand's, two by two.
 template <typename T, int kCount>

@@ -4,30 +4,19 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/scratch.h"
+#include "cuda/common/call.h"
 #include "cuda/common/check.h"
 #include "cuda/sm80/backward/launch.h"
 
 namespace adaattn::cuda::sm80 {
 namespace {
 
-bool has_elements(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] > 0; }
-
-double scale_of(const adaattn_backward_args& args) {
-  return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
-}
-
-bool tiles_differ(const adaattn_backward_args& args) {
-  const adaattn_options& o = args.options;
-  return o.causal != 0 || o.window_left >= 0 || o.window_right >= 0 || args.key_lengths != nullptr;
-}
-
 // Calls visit with the configuration that the problem takes, as a value of an empty type.
 template <typename Visitor>
 void with_config(const adaattn_backward_args& args, const Visitor& visit) {
-  if (std::max(args.q.shape[3], args.v.shape[3]) <= 64)
+  if (dim_of(args) <= 64)
     visit(BackwardDim64{});
   else
     visit(BackwardDim128{});

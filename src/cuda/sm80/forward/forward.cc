@@ -4,26 +4,15 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cmath>
 
+#include "cuda/common/call.h"
 #include "cuda/sm80/forward/launch.h"
 
 namespace adaattn::cuda::sm80 {
 namespace {
 
-bool has_elements(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] > 0; }
-
-double scale_of(const adaattn_forward_args& args) {
-  return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
-}
-
 float scale_log2_of(const adaattn_forward_args& args) {
   return static_cast<float>(scale_of(args) * 1.4426950408889634);
-}
-
-bool tiles_differ(const adaattn_forward_args& args) {
-  const adaattn_options& o = args.options;
-  return o.causal != 0 || o.window_left >= 0 || o.window_right >= 0 || args.key_lengths != nullptr;
 }
 
 // The plain kernel takes maxima of scores before they are scaled, and scales the -inf of hidden keys.
@@ -55,7 +44,7 @@ void launch(ForwardParams& params, const adaattn_forward_args& args) {
 
 template <typename T>
 void launch_for_dim(ForwardParams& params, const adaattn_forward_args& args) {
-  const std::int64_t dim = std::max(args.q.shape[3], args.v.shape[3]);
+  const std::int64_t dim = dim_of(args);
   if (dim <= 64) return launch<T, Dim64>(params, args);
   if (dim <= 128) return launch<T, Dim128>(params, args);
   launch<T, Dim256>(params, args);

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cfloat>
-#include <cmath>
 
 #include "common/scratch.h"
+#include "cuda/common/call.h"
 #include "cuda/common/check.h"
 #include "cuda/common/device.h"
 #include "cuda/common/tensor_map.h"
@@ -21,12 +21,7 @@ using Args = adaattn_forward_args;
 
 std::int64_t count_of(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3]; }
 
-std::int64_t dim_of(const Args& args) { return std::max(args.q.shape[3], args.v.shape[3]); }
 std::int64_t padded_dim_of(const Args& args) { return dim_of(args) <= 64 ? 64 : 128; }
-
-double scale_of(const Args& args) {
-  return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
-}
 
 // A tensor's two terms, side by side in the rows of a contiguous one.
 adaattn_tensor terms_of(const adaattn_tensor& tensor, std::int64_t padded_dim, Scratch& scratch) {

@@ -21,8 +21,7 @@ struct ForwardTile {
   bool parts = false;  // tiles can be worked on in parts
   bool masks = false;  // takes mask tensors, and computes entropy and max_probability
   // Each consumer has its own queries, and goes on to its next ones when it is done, not when all are: consumers stay
-  // half a step apart, so that one's first and last products of a tile meet the other's softmax. They give the queries
-  // back after the last product with them, not after the softmax of what it gave.
+  // half a step apart, so that one's first and last products of a tile meet the other's softmax.
   bool own_queries = false;
   // 16-bit numbers, each of which adds to the ones before, that make up one element of q, k and v. Two for float32: the
   // second is what the first rounds away. They lie side by side in a row of the tensors that are copied.

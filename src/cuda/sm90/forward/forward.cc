@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cfloat>
-#include <cmath>
 #include <cstring>
 
 #include "common/scratch.h"
+#include "cuda/common/call.h"
 #include "cuda/common/check.h"
 #include "cuda/common/device.h"
 #include "cuda/common/tensor_map.h"
@@ -21,18 +21,10 @@ namespace {
 
 using Args = adaattn_forward_args;
 
-bool has_elements(const adaattn_tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] > 0; }
-
 // Up to so many keys a row smaller steps pay, at D of 128: more where the diagonal or a window's edge cuts steps.
 // Measured (docs/performance.md): at 1,024 keys they gain 2 %, at 4,096 under a causal mask none, and at 8,192 they
 // lose 2 %.
 constexpr std::int64_t kFineKeys = 1024, kFineKeysAtEdges = 4096;
-
-std::int64_t dim_of(const Args& args) { return std::max(args.q.shape[3], args.v.shape[3]); }
-
-double scale_of(const Args& args) {
-  return args.options.has_scale != 0 ? args.options.scale : 1.0 / std::sqrt(static_cast<double>(args.q.shape[3]));
-}
 
 // Each use of the kernel, by a function that calls visit with the configuration that a problem takes.
 template <typename Config64, typename Config128, typename Config256>

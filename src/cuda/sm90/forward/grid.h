@@ -5,14 +5,10 @@
 #include <cstdint>
 
 #include "adaattn/adaattn.h"
+#include "cuda/common/call.h"
 #include "cuda/sm90/forward/split.h"
 
 namespace adaattn::cuda::sm90 {
-
-inline bool tiles_differ(const adaattn_forward_args& args) {
-  const adaattn_options& o = args.options;
-  return o.causal != 0 || o.window_left >= 0 || o.window_right >= 0 || args.key_lengths != nullptr;
-}
 
 // As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB); one where all
 // tiles take the same time and order does not matter.

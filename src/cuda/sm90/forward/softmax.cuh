@@ -17,13 +17,6 @@ struct RowState {
   float moment[2] = {0.0f, 0.0f};  // of p log2(p), p relative to the maximum; for the entropy
 };
 
-// NaN wins, so that one NaN score makes its whole row NaN, as in SDPA.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 template <int kCount>
 __device__ __forceinline__ float row_max(const float (&scores)[kCount], int row) {
   float parts[4];
