@@ -1,6 +1,8 @@
 // The stages, by waves of key heads:
-//   measure  what a key head's queries share: means of tiles, copies in low precision
-//   plan     a plan for each head (cpu/pilot.h), unless the caller gave one, and the screen where a plan may use one
+//   measure  what a key head's queries share: its keys' mean, and the first of its tiles in low precision
+//   plan     a plan for each head (cpu/pilot.h), unless the caller gave one, and what plans read of their key head:
+//   means
+//            of tiles, copies in low precision, the screen
 //   attend   all panels by the plans
 //   verify   evenly spaced rows, run exactly, tell each head's error; a head whose error is not accepted takes a more
 //            careful plan, at last float32 and dense
@@ -17,6 +19,7 @@
 #include "cpu/pilot.h"
 #include "cpu/probes.h"
 #include "cpu/tile_costs.h"
+#include "cpu/trial_rows.h"
 #include "plan/ladder.h"
 
 namespace adaattn::cpu {
@@ -66,7 +69,9 @@ Engine lay_out_engine(const adaattn_forward_args& args, Scratch& scratch) {
   engine.parts = wanted_parts(args);
   engine.group = args.q.shape[1] / args.k.shape[1];
   engine.key_heads = args.q.shape[0] * args.k.shape[1];
-  engine.wave = std::min<std::int64_t>(engine.key_heads, engine.threads);
+  // Waves of one size: a small last one leaves threads idle.
+  const std::int64_t waves = std::max<std::int64_t>(1, (engine.key_heads - 1) / (2 * engine.threads) + 1);
+  engine.wave = (engine.key_heads + waves - 1) / waves;
   const auto heads = static_cast<std::size_t>(engine.wave * engine.group),
              dv = static_cast<std::size_t>(args.v.shape[3]), threads = static_cast<std::size_t>(engine.threads);
   engine.keys = scratch.take<KeyHead>(static_cast<std::size_t>(engine.wave));
@@ -105,8 +110,8 @@ void measure(const Engine& engine) {
   const adaattn_forward_args& args = *engine.args;
   for_all(engine, engine.wave_heads / engine.group, [&](std::int64_t i, int thread) {
     const std::int64_t key_head = engine.first + i;
-    build_key_head(args, key_head / args.k.shape[1], key_head % args.k.shape[1], engine.scratch[thread].key_head,
-                   engine.keys[i]);
+    begin_key_head(args, key_head / args.k.shape[1], key_head % args.k.shape[1], keys_at_a_glance(args),
+                   engine.scratch[thread].key_head, engine.keys[i]);
   });
 }
 
@@ -124,13 +129,18 @@ void attend_low_rank(const Engine& engine, std::int64_t index, const adaattn_for
   engine.states[index].failed += failed;
 }
 
-void attend(const Engine& engine) {
+bool is_judged_by_sample(const HeadState& state) {
+  return !state.done && !is_dense_float32(state.plan) && state.plan.form != ADAATTN_LOW_RANK && state.probe_sets > 0;
+}
+
+// The sample of blocks, or what is left.
+void attend_blocks(const Engine& engine, const ForwardPlan& shape, bool sample) {
   // Blocks of all heads are one list, so that few heads keep all threads busy, too.
-  const adaattn_forward_args any = head_of(*engine.args, 0);
-  const ForwardPlan shape = make_forward_plan(any, engine.threads);
   for_all(engine, engine.wave_heads * shape.blocks, [&](std::int64_t i, int thread) {
     HeadState& state = engine.states[i / shape.blocks];
-    if (state.done) return;
+    if (state.done || (sample ? !is_judged_by_sample(state) || !is_sampled(i % shape.blocks)
+                              : state.sampled && is_sampled(i % shape.blocks)))
+      return;
     const adaattn_forward_args head = head_of(*engine.args, engine.head(i / shape.blocks));
     ForwardPlan plan = make_forward_plan(head, 1);
     plan.block = shape.block;
@@ -149,6 +159,40 @@ void attend(const Engine& engine) {
 #pragma omp critical(adaattn_attend)
     state.counts = add(state.counts, counts);
   });
+}
+
+// A quarter of the rows tells well enough which heads will miss their budget: those run again before they are whole. Of
+// a budget, what the limit on all probe rows is likely to be. Tiled heads err more in some rows than in others.
+constexpr double kFarOff = 1.3, kFarOffDense = 1.05;
+
+void judge_sample(const Engine& engine, const ForwardPlan& shape) {
+  const double error = engine.args->options.error;
+  for (std::int64_t h = 0; h < engine.wave_heads; ++h) {
+    HeadState& state = engine.states[h];
+    if (!is_judged_by_sample(state)) continue;
+    state.sampled = true;
+    const SampledError found = sampled_error(engine, h, shape.block);
+    const double all = kProbeSets * kProbeRows;  // on which a standard error is smaller
+    const double likely = found.error.value + (found.error.limit - found.error.value) * std::sqrt(found.rows / all);
+    if (!(likely > (state.plan.form == ADAATTN_DENSE ? kFarOffDense : kFarOff) * error)) continue;
+    state.work += cost_share(state.counts, state.plan, engine.work_of(h)) / kSampled;
+    ++state.escalations;
+    state.plan =
+        more_careful(state.plan, found.error.value, error, state.tight, state.escalations, state.dense_precision);
+    state.counts = {};
+    state.sampled = false;
+  }
+}
+
+void attend(const Engine& engine) {
+  const adaattn_forward_args any = head_of(*engine.args, 0);
+  const ForwardPlan shape = make_forward_plan(any, engine.threads);
+  if (engine.long_enough() && std::any_of(engine.states, engine.states + engine.wave_heads, is_judged_by_sample)) {
+    attend_blocks(engine, shape, true);
+    judge_sample(engine, shape);
+  }
+  attend_blocks(engine, shape, false);
+  for (std::int64_t h = 0; h < engine.wave_heads; ++h) engine.states[h].sampled = false;
 }
 
 void verify(const Engine& engine) {

@@ -27,6 +27,11 @@ constexpr std::int64_t kPilotRows = kPilotPanels * kLanes;
 constexpr std::int64_t kTrialRows = kLanes;  // evenly spaced rows that precisions are tried on
 constexpr std::int64_t kLeastTiled = 4096;   // tokens from which on tiles are told apart
 
+// Errors with everything in a precision that a short part of a head already shows to be too large; 0: it does not.
+struct Looks {
+  double int8 = 0, bfloat16 = 0;
+};
+
 struct HeadState {
   adaattn_head_plan plan;
   bool done;               // the head's output stands
@@ -37,8 +42,12 @@ struct HeadState {
   std::int32_t dense_precision;  // the fastest that was accepted on trial rows, short of the plan's own
   int probe_sets;                // of rows that were run exactly to judge the output
   std::int64_t failed;           // rows that a coreset gave no sound result for
+  bool sampled;                  // whether the sample of its blocks (cpu/adaptive.cc) was run by its plan
   bool tight;                    // whether its budget is (plan/ladder.h)
   // While it is planned:
+  Copies reads;      // what its plan, or trials of it, need of its key head: copies
+  bool reads_tiles;  // and the means of values
+  Looks looks;
   bool may_be_tiled;
   Precisions precisions;  // of its tiles
   double best;            // time of the plan so far, over float32's

@@ -86,10 +86,13 @@ inline ForwardScratch lay_out(const adaattn_forward_args& args, Scratch& scratch
           .state = scratch.take<float>(kMaxBlock * 5)};
 }
 
+inline std::int64_t key_count(const adaattn_forward_args& args, std::int64_t b) {
+  return args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
+}
+
 inline Visibility visibility_of(const ForwardPlan& plan, std::int64_t b) {
   const adaattn_forward_args& args = *plan.args;
-  Visibility visibility = make_visibility(args.options, plan.query_count,
-                                          args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2]);
+  Visibility visibility = make_visibility(args.options, plan.query_count, key_count(args, b));
   visibility.first_query = plan.first_query;
   visibility.query_step = plan.query_step;
   return visibility;

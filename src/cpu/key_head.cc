@@ -206,22 +206,23 @@ void screen_tile(const float* k, std::size_t ld_k, std::size_t dim, const float*
   }
 }
 
-// visit(first, count) for each tile, whose keys less their mean and values are in scratch.rows and scratch.values.
+// visit(first, count) for each tile, whose keys less their mean and values are in scratch.rows and scratch.values,
+// until one is not finite: then false.
 template <class Visit>
-void for_each_tile(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+bool for_each_tile(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys,
                    const KeyHeadScratch& scratch, const KeyHead& to, Visit visit) {
   const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
   const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
-  const std::int64_t nk = args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
-  *to.finite = true;
-  for (std::int64_t first = 0; first < nk && *to.finite; first += kClassTile) {
-    const auto count = static_cast<std::size_t>(std::min(kClassTile, nk - first));
+  for (std::int64_t first = keys.first; first < keys.end; first += kClassTile) {
+    const auto count = static_cast<std::size_t>(std::min(kClassTile, keys.end - first));
     convert_rows(rows_of(args.k, b, key_head, first), count, width, scratch.rows, width);
     convert_rows(rows_of(args.v, b, key_head, first), count, width_v, scratch.values, width_v);
-    *to.finite = all_finite({scratch.rows, width}, count, dim) && all_finite({scratch.values, width_v}, count, dim_v);
+    if (!all_finite({scratch.rows, width}, count, dim) || !all_finite({scratch.values, width_v}, count, dim_v))
+      return false;
     subtract_mean(to.mean, count, width, scratch.rows);
-    if (*to.finite) visit(static_cast<std::size_t>(first), count);
+    visit(static_cast<std::size_t>(first), count);
   }
+  return true;
 }
 
 }  // namespace
@@ -239,19 +240,16 @@ void sampled_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head
   for (std::size_t c = 0; c < dim; ++c) mean[c] /= static_cast<float>(std::max<std::size_t>(sampled, 1));
 }
 
-void build_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
-                      const KeyHeadScratch& scratch, const KeyHead& to) {
+bool fill_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys,
+                     Copies copies, const KeyHeadScratch& scratch, const KeyHead& to) {
   const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
   const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
-  const std::int64_t nk = args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2];
-
-  sampled_mean(args.k, b, key_head, nk, scratch.rows, to.mean);
-  for_each_tile(args, b, key_head, scratch, to, [&](std::size_t first, std::size_t count) {
+  return for_each_tile(args, b, key_head, keys, scratch, to, [&](std::size_t first, std::size_t count) {
     float* mean = to.value_means + first / static_cast<std::size_t>(kClassTile) * width_v;
     std::fill_n(mean, width_v, 0.0F);
     column_means(scratch.values, width_v, count, dim_v, nullptr, mean);
-    quantize_keys(scratch.rows, width, dim, first, count, to.copies, to.copy);
-    quantize_values(scratch.values, width_v, dim_v, mean, first, count, to.copies, to.copy);
+    quantize_keys(scratch.rows, width, dim, first, count, copies, to.copy);
+    quantize_values(scratch.values, width_v, dim_v, mean, first, count, copies, to.copy);
   });
 }
 
@@ -259,12 +257,12 @@ bool screen_for_target(const adaattn_forward_args& args, std::int64_t b, std::in
                        const KeyHeadScratch& scratch, const KeyHead& to) {
   const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
   const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
-  find_basis(args, b, key_head, args.key_lengths != nullptr ? args.key_lengths[b] : args.k.shape[2], scratch, to);
+  const std::int64_t nk = key_count(args, b);
+  find_basis(args, b, key_head, nk, scratch, to);
   if (*to.energy < least_energy) return false;
-  for_each_tile(args, b, key_head, scratch, to, [&](std::size_t first, std::size_t count) {
+  return for_each_tile(args, b, key_head, {0, nk}, scratch, to, [&](std::size_t first, std::size_t count) {
     screen_tile(scratch.rows, width, dim, scratch.values, width_v, dim_v, first, count, scratch, to);
   });
-  return true;
 }
 
 }  // namespace HWY_NAMESPACE
@@ -274,14 +272,23 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace adaattn::cpu {
 
-HWY_EXPORT(build_for_target);
+HWY_EXPORT(fill_for_target);
 HWY_EXPORT(screen_for_target);
 HWY_EXPORT(sampled_mean);
 
-void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+void begin_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, std::int64_t keys,
                     const KeyHeadScratch& scratch, KeyHead& to) {
-  to.screened = false;
-  HWY_DYNAMIC_DISPATCH(build_for_target)(args, b, key_head, scratch, to);
+  const std::int64_t all = key_count(args, b);
+  to.screened = to.tiled = false;
+  to.made = {};
+  to.begun = std::min(all, (keys + kClassTile - 1) / kClassTile * kClassTile);
+  find_key_mean(args.k, b, key_head, all, scratch.rows, to.mean);
+  *to.finite = fill_tiles(args, b, key_head, {0, to.begun}, to.copies, scratch, to);
+}
+
+bool fill_tiles(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys, Copies copies,
+                const KeyHeadScratch& scratch, const KeyHead& to) {
+  return HWY_DYNAMIC_DISPATCH(fill_for_target)(args, b, key_head, keys, copies, scratch, to);
 }
 
 void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,

@@ -39,6 +39,7 @@ struct Parts {
 
 // Arrays in the caller's workspace.
 struct KeyHead {
+  bool screen_wanted;
   bool screened;         // whether the screen's arrays, and the pooled ones, are filled
   float* z;              // [D][kScreenRank], for q
   float* spread;         // [D][D rounded up to panels] Kc^T Kc, and
@@ -54,8 +55,11 @@ struct KeyHead {
   float* pooled_keys;    // [tiles][kPoolsOfTile][D], means of kPool neighbouring keys
   float* pooled_values;  // [tiles][kPoolsOfTile][Dv rounded up to panels], of their values
   float* energy;         // [1] share of ||Q Kc^T||_F^2 that the rank-r product holds, over the sampled rows
-  bool* finite;          // [1] whether k and v hold only finite values
-  Copies copies;
+  bool* finite;          // [1] whether what was filled holds only finite values
+  Copies copies;         // that are laid out, and
+  std::int64_t begun;  // keys from the first on whose tiles were filled, with all copies, before it was known which pay
+  Copies made;         // that are filled for all keys
+  bool tiled;          // whether value_means are, too
   Quantized copy;
 };
 
@@ -110,12 +114,21 @@ inline KeyHeadScratch lay_out_key_head_thread(const adaattn_forward_args& args, 
                                       kMaxPanelLanes)};
 }
 
-// Fills what is no part of the screen for one (batch, key head).
-void build_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+// Begins one (batch, key head): the keys' mean, and the tiles of the first keys with all copies. There is no screen.
+void begin_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, std::int64_t keys,
                     const KeyHeadScratch& scratch, KeyHead& to);
 
-// Then the screen, for all query heads that share it, unless it would hold less than least_energy. k and v must be
-// finite and the screen laid out. Directions beyond those that q and k have come out as 0.
+// Fills the means of values and the copies for the tiles of some keys, whole ones but for the last. Returns whether
+// their k and v are finite; if not, the rest is left as it is.
+struct KeySpan {
+  std::int64_t first, end;
+};
+bool fill_tiles(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys, Copies copies,
+                const KeyHeadScratch& scratch, const KeyHead& to);
+
+// The screen, for all query heads that share it, unless it would hold less than least_energy: its basis, and its tiles.
+// k and v must be finite, value_means filled and the screen laid out. Directions beyond those that q and k have come
+// out as 0.
 void build_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
                   const KeyHeadScratch& scratch, KeyHead& to);
 

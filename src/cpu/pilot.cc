@@ -3,20 +3,21 @@
 #include <limits>
 
 #include "cpu/droppable.h"
+#include "cpu/fill_key_heads.h"
+#include "cpu/precision_trials.h"
 #include "cpu/probes.h"
-#include "cpu/trial_rows.h"
 #include "plan/ladder.h"
 
 namespace adaattn::cpu {
 namespace {
 
 // One head while it is planned.
-class Pilot : private TrialRows {
+class Pilot : private PrecisionTrials {
  public:
   Pilot(const Engine& engine, std::int64_t index, int thread)
-      : TrialRows(engine, index, thread), thread_(thread), error_(engine.args->options.error) {}
+      : PrecisionTrials(engine, index, thread), thread_(thread) {}
 
-  // The caller's plan, or a dense one in the cheapest precision.
+  // The caller's plan, or what a glance tells of the precisions.
   void begin() {
     state_ = {.plan = dense_plan(ADAATTN_PRECISION_FLOAT32),
               .done = false,
@@ -27,33 +28,53 @@ class Pilot : private TrialRows {
               .dense_precision = ADAATTN_PRECISION_FLOAT32,
               .probe_sets = 0,
               .failed = 0,
+              .sampled = false,
               .tight = error_ < kTightBudget,
+              .reads = {},
+              .reads_tiles = false,
+              .looks = {},
               .may_be_tiled = false,
               .precisions = {},
               .best = 1 - kLeastGain};
-    if (!*engine_.keys_of(index_).finite) return;
-    const adaattn_head_plan* given = engine_.args->plans;
-    if (given != nullptr && given[engine_.head(index_)].form != ADAATTN_AUTOMATIC)
-      take(given[engine_.head(index_)]);
-    else
-      choose_precisions();
+    if (!is_finite()) return;
+    if (is_given()) return take(engine_.args->plans[engine_.head(index_)]);
+    const Copies& copies = engine_.parts.copies;
+    state_.looks = glance();
+    state_.reads = {.int8 = copies.int8 && state_.looks.int8 == 0,
+                    .bfloat16 = copies.bfloat16 && state_.looks.bfloat16 == 0};
   }
 
-  // Whether a screen may pay. At tight budgets it seldom does: then only where a late panel could do without twice the
-  // tiles that it would have to leave out. (Of 191 heads, most of them gpt8k's and SmolLM2's, those 34 that were tiled
-  // at 3e-3 could do without two thirds of their tiles or more, and 97 of the others without less than half.)
+  // Unless the plan is the caller's, a dense one in the cheapest precision. What the head reads is there.
+  void choose() {
+    if (!is_finite()) state_.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
+    if (is_finite() && !is_given()) choose_precisions();
+  }
+
+  // Whether a screen may pay. At tight budgets it seldom does: then only where a late panel could do without more than
+  // twice the tiles that it would have to leave out. (Of 19 heads of SmolLM2 that could do without 0.5 to 0.6 of them
+  // none was tiled, of 15 with 0.6 to 0.7 two, of 47 with more 23.)
   bool wants_screen() {
+    if (!is_finite()) return false;
     if (is_screened(state_.plan)) return true;
     if (!state_.may_be_tiled || !state_.tight) return state_.may_be_tiled;
     const std::int64_t head = engine_.head(index_), heads = engine_.args->q.shape[1];
     state_.work += share(kLanes) / 6;  // a third of a panel's scores
     return droppable_share(*engine_.args, head / heads, head % heads, tiled_plan(error_, 0, state_.precisions).screen,
-                           scratch_.key_head) >= 2 * kLeastTightlyDropped;
+                           scratch_.key_head) >= kLeastTightlyDroppable;
+  }
+
+  // Before a search for its tiles.
+  void expect_tiles() {
+    if (!state_.may_be_tiled) return;
+    const Copies more = copies_of(tiled_plan(error_, 0, state_.precisions));
+    state_.reads = {.int8 = state_.reads.int8 || more.int8, .bfloat16 = state_.reads.bfloat16 || more.bfloat16};
+    state_.reads_tiles = true;
   }
 
   // A tiled plan if one costs less, and the exact probe rows.
   void finish() {
-    if (state_.may_be_tiled) choose_tiles();
+    if (!is_finite()) state_.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
+    if (state_.may_be_tiled && is_finite()) choose_tiles();
     if (!is_dense_float32(state_.plan)) run_probes(engine_, index_, thread_);
   }
 
@@ -63,10 +84,19 @@ class Pilot : private TrialRows {
     double cost;
   };
 
+  bool is_finite() const { return *engine_.keys_of(index_).finite; }
+  bool is_given() const {
+    return engine_.args->plans != nullptr && engine_.args->plans[engine_.head(index_)].form != ADAATTN_AUTOMATIC;
+  }
+
   void take(const adaattn_head_plan& plan) {
     // Thresholds are of tiled heads: a policy leaves them in place when it has a head run dense.
     state_.plan = plan.form == ADAATTN_DENSE ? dense_plan(plan.precision) : plan;
-    if (plan.form != ADAATTN_LOW_RANK) return;
+    if (plan.form != ADAATTN_LOW_RANK) {
+      state_.reads = copies_of(state_.plan);
+      state_.reads_tiles = !is_dense_float32(state_.plan);
+      return;
+    }
     if (!build(plan.rank)) state_.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
   }
 
@@ -81,11 +111,10 @@ class Pilot : private TrialRows {
     double int8 = none, bfloat16 = none;
     const Copies& copies = engine_.parts.copies;
     const bool may_be_low_rank = engine_.coreset_keys > 0 && engine_.args->plans == nullptr;
-    const RowSet rows = spaced_rows(engine_, kTrialRows);
-    const Hopeless hopeless = glance();
-    const bool try_int8 = copies.int8 && hopeless.int8 == 0, try_bfloat16 = copies.bfloat16 && hopeless.bfloat16 == 0;
-    if (hopeless.int8 > 0) int8 = hopeless.int8;
-    if (hopeless.bfloat16 > 0) bfloat16 = hopeless.bfloat16;
+    const RowSet rows = trial_rows(engine_, 0);
+    const bool try_int8 = state_.reads.int8, try_bfloat16 = state_.reads.bfloat16;
+    if (copies.int8 && !try_int8) int8 = state_.looks.int8;
+    if (copies.bfloat16 && !try_bfloat16) bfloat16 = state_.looks.bfloat16;
     if (try_int8 || try_bfloat16 || may_be_low_rank) run_exactly(rows, scratch_.exact, scratch_.exact_lse);
     if (try_int8) int8 = try_dense(ADAATTN_PRECISION_INT8, rows);
     if (try_bfloat16)  // no need to ask where ten times its rounding is nothing
@@ -101,41 +130,9 @@ class Pilot : private TrialRows {
     }
     state_.precisions = precisions_for(error_, int8, bfloat16);
     state_.tight = state_.tight || (copies.bfloat16 && state_.precisions.high == ADAATTN_PRECISION_FLOAT32);
-    state_.may_be_tiled = engine_.long_enough();
-  }
-
-  // Errors of precisions that a short part of the head already shows to be too large; 0: it does not. Rounding errs
-  // there as it does elsewhere: 0.55 to 1.7 times as much on 32 rows of the first sixteenth as on 32 rows of the whole,
-  // for nine of ten heads (606 of gpt8k, SmolLM2 and of seeded generators). A sixteenth of the keys, a sixteenth of the
-  // price.
-  struct Hopeless {
-    double int8 = 0, bfloat16 = 0;
-  };
-  Hopeless glance() {
-    const Copies& copies = engine_.parts.copies;
-    const bool ask_int8 = copies.int8 && error_ < kLooseBudget, ask_bfloat16 = copies.bfloat16 && error_ < kLooseBudget;
-    const std::int64_t end = head_.q.shape[2] / kGlance, step = std::max<std::int64_t>(1, end / 2 / kTrialRows - 1) | 1;
-    const RowSet rows = {.first = end - 1 - step * (kTrialRows - 1), .step = step, .count = kTrialRows};
-    std::int64_t keys =
-        std::min(head_.k.shape[2] / kGlance, head_.key_lengths != nullptr ? *head_.key_lengths : head_.k.shape[2]);
-    if (!(ask_int8 || ask_bfloat16) || rows.first < 0 || keys < kTrialRows) return {};
-    const std::int64_t* const lengths = head_.key_lengths;
-    const double before = state_.work;
-    if (head_.options.causal == 0) head_.key_lengths = &keys;  // a causal row sees few of itself
-    run_exactly(rows, scratch_.exact, scratch_.exact_lse);
-    const auto ask = [&](std::int32_t precision, double most) {
-      run_by(dense_plan(precision), rows, scratch_.tried, scratch_.tried_lse);
-      const double error = compare(rows.count);
-      if (score_error(rows.count) > 2 * kLargestScoreError * error_) return std::numeric_limits<double>::infinity();
-      return error > most * error_ ? error : 0;
-    };
-    Hopeless found;
-    if (ask_int8) found.int8 = ask(ADAATTN_PRECISION_INT8, kHopelessInt8);
-    if (ask_bfloat16)
-      found.bfloat16 = ask(ADAATTN_PRECISION_BFLOAT16, error_ < kTightBudget ? kHopelesslyTight : kHopelessBFloat16);
-    head_.key_lengths = lengths;
-    state_.work = before + (state_.work - before) / kGlance;  // rows count as if they saw as much as others
-    return found;
+    // Where the dense plan's error is all that trials of tiles may show, none of them holds.
+    const double floor = int8 <= kAlone * error_ ? int8 : bfloat16;
+    state_.may_be_tiled = engine_.long_enough() && (state_.tight || floor < kRoomForTiles * error_);
   }
 
   void choose_tiles() {
@@ -157,28 +154,8 @@ class Pilot : private TrialRows {
     return cost_share(all, dense_plan(precision), engine_.time);
   }
 
-  // The error on those rows, or more where its confidence limit says so: at most kAlone * e only if the limit is below
-  // e. Where that is close, as many rows between them are looked at, too.
-  double try_dense(std::int32_t precision, const RowSet& rows) {
-    run_by(dense_plan(precision), rows, scratch_.tried, scratch_.tried_lse);
-    if (score_error(rows.count) > kLargestScoreError * error_) return std::numeric_limits<double>::infinity();
-    ErrorEstimate found = estimate(rows.count);
-    if (found.limit > kSurely * error_ && found.value <= kAlone * error_ && error_ >= kTightBudget) {
-      const std::int64_t first = rows.first + rows.step / 2;
-      const RowSet between = {.first = first,
-                              .step = rows.step,
-                              .count = std::min(rows.count, (engine_.args->q.shape[2] - 1 - first) / rows.step + 1)};
-      const std::int64_t size = rows.count * head_.v.shape[3];
-      run_exactly(between, scratch_.exact + size);
-      run_by(dense_plan(precision), between, scratch_.tried + size);
-      found = estimate(rows.count + between.count);
-      found.limit /= kSure;
-    }
-    return std::max(found.value, kAlone * found.limit) * (error_ < kTightBudget ? 1.25 : 1);
-  }
-
-  // Whether the loosest screen leaves out enough for a look, and enough of a cost of so much where the budget is tight:
-  // else a head is settled at the price of the screen.
+  // Whether the loosest screen leaves out enough for a look, and costs little enough: else a head is settled at the
+  // price of the screen.
   bool leaves_out(const Precisions& precisions) {
     const adaattn_head_plan plan =
         tiled_plan(error_, state_.tight ? 1 : 0, precisions);  // a level is added to tight ones
@@ -190,8 +167,9 @@ class Pilot : private TrialRows {
     }
     state_.work += share(kPilotRows) * engine_.work_of(index_).screen / 2;
     const double dropped = static_cast<double>(counts.dropped) / static_cast<double>(counts.visible);
-    if (!state_.tight) return dropped >= kLeastDropped;
-    return dropped >= kLeastTightlyDropped && cost_share(counts, plan, engine_.time_of(index_)) < worthwhile();
+    const double most = (state_.tight ? 1 : kLoosest) * worthwhile();
+    return dropped >= (state_.tight ? kLeastTightlyDropped : kLeastDropped) &&
+           cost_share(counts, plan, engine_.time_of(index_)) < most;
   }
 
   // Fills the head's coreset; false if there is none.
@@ -249,6 +227,7 @@ class Pilot : private TrialRows {
       run_by(plan_at(levels.high - 1), pilot_rows(engine_, panel), scratch_.tried + panel * size);
       if (std::sqrt(sums_of(panel * kLanes, kLanes).x / norm) > kHopelessPanel * kPilotShare * error_) return best;
     }
+    double refused = std::numeric_limits<double>::infinity();
     while (!levels.done()) {
       const adaattn_head_plan plan = plan_at(levels.next());
       const auto [error, cost] = try_tiles(plan, norm);
@@ -260,6 +239,8 @@ class Pilot : private TrialRows {
       }
       if (accepted) best = {plan, cost};
       levels.record(accepted);
+      if (!accepted && error.value > kHardlyLess * refused) break;  // what is left is not the tiles'
+      if (!accepted) refused = error.value;
     }
     // A few panels see little of errors that lie in few rows, as those of tight budgets do: then a level is added.
     if (best.plan.form == ADAATTN_TILED && state_.tight) best.plan = plan_at(levels.high + 1);
@@ -295,49 +276,52 @@ class Pilot : private TrialRows {
     return found.value <= kPilotShare * error_ && accepts(found, kPilotLimit * error_);
   }
 
-  static constexpr std::int64_t kGlance = 16;  // a part of the head
-  // Of a budget: errors there from which on a precision is not tried. Of those 606 heads few that have such an error
-  // hold the budget: of 53 one in int8 at 3e-2, of 312 none at 1e-2; in bfloat16 of 7 one at 1e-2, of 417 none at 3e-3,
-  // of which 0.6 may be used.
-  static constexpr double kHopelessInt8 = 1.5, kHopelesslyTight = 1, kHopelessBFloat16 = 2;
   static constexpr std::int64_t kLeastUnscreened = 8192;  // keys
-  static constexpr double kLooseBudget = 5e-2;
   static constexpr double kBuildTime = 3;  // of a multiply-add of a coreset's building, over one of attention's
   static constexpr int kFewLevels = 3;     // that are tried where little is to be gained
-  static constexpr double kLeastDropped = 0.05;
-  // Of a budget. Rows of one key hide that their scores are off until two keys come close in one of them, and trial
-  // rows seldom hold one. Heads of language models stay below 4 where they are within their budget, but for one at 10;
-  // logits of hundreds in bfloat16, which missed 1e-2 by 2.5 times, come to 26.
-  static constexpr double kLargestScoreError = 6;
-  // Of a budget. Of 137 heads of SmolLM2 whose limit on 32 rows let them run in bfloat16 at 1e-2, 7 missed: 1 of the
-  // 111 whose limit was below this.
-  static constexpr double kSurely = 0.8;
-  static constexpr double kSure = 0.9;           // of it, that the limit may take on twice as many rows
+  static constexpr double kLeastDropped = 0.05, kLeastTightlyDroppable = 0.6;
+  // Searches that the cost of the loosest screen, over what a plan may cost, says little of: of 391 heads (gpt8k,
+  // SmolLM2 and seeded generators at 1e-1, 3e-2 and 1e-2) where that was above 1.1, 4 were tiled.
+  static constexpr double kLoosest = 1.1;
+  // Of a budget that the dense plan's error may take if tiles are to be told apart: of 35 searched heads of SmolLM2
+  // with 0.65 or more none was tiled, of 25 with 0.6 to 0.65 five, which saved less than the searches took.
+  static constexpr double kRoomForTiles = 0.6;
+  static constexpr double kHardlyLess = 0.97;
   static constexpr double kPilotShare = 0.65;    // of the budget that pilot panels may use: they are few
   static constexpr double kHopelessPanel = 1.5;  // of that: what one panel tells against a plan
   static constexpr double kPilotLimit = 0.85;    // and that their limit may reach
 
   int thread_;
-  double error_;
 };
+
+void build_screens(const Engine& engine) {
+  const adaattn_forward_args& args = *engine.args;
+  const std::int64_t key_heads = engine.wave_heads / engine.group;
+  for_all(engine, key_heads, [&](std::int64_t i, int thread) {
+    bool& wanted = engine.keys[i].screen_wanted;
+    wanted = false;
+    for (std::int64_t h = i * engine.group; h < (i + 1) * engine.group && !wanted; ++h)
+      wanted = Pilot(engine, h, thread).wants_screen();
+    for (std::int64_t h = i * engine.group; h < (i + 1) * engine.group && wanted; ++h)
+      Pilot(engine, h, thread).expect_tiles();
+  });
+  fill_key_heads(engine);
+  const float least_energy = args.plans != nullptr ? 0 : kLeastEnergy;
+  for_all(engine, key_heads, [&](std::int64_t i, int thread) {
+    const std::int64_t key_head = engine.first + i;
+    if (engine.keys[i].screen_wanted && *engine.keys[i].finite)
+      build_screen(args, key_head / args.k.shape[1], key_head % args.k.shape[1], least_energy,
+                   engine.scratch[thread].key_head, engine.keys[i]);
+  });
+}
 
 }  // namespace
 
 void plan_heads(const Engine& engine) {
   for_all(engine, engine.wave_heads, [&](std::int64_t i, int thread) { Pilot(engine, i, thread).begin(); });
-  if (engine.parts.screen) {
-    const adaattn_forward_args& args = *engine.args;
-    const float least_energy = args.plans != nullptr ? 0 : kLeastEnergy;
-    for_all(engine, engine.wave_heads / engine.group, [&](std::int64_t i, int thread) {
-      const std::int64_t key_head = engine.first + i;
-      bool wanted = false;
-      for (std::int64_t h = i * engine.group; h < (i + 1) * engine.group && !wanted; ++h)
-        wanted = Pilot(engine, h, thread).wants_screen();
-      if (wanted)
-        build_screen(args, key_head / args.k.shape[1], key_head % args.k.shape[1], least_energy,
-                     engine.scratch[thread].key_head, engine.keys[i]);
-    });
-  }
+  fill_key_heads(engine);
+  for_all(engine, engine.wave_heads, [&](std::int64_t i, int thread) { Pilot(engine, i, thread).choose(); });
+  if (engine.parts.screen) build_screens(engine);
   for_all(engine, engine.wave_heads, [&](std::int64_t i, int thread) { Pilot(engine, i, thread).finish(); });
 }
 

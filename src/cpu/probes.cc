@@ -24,12 +24,14 @@ void run_set(const Engine& engine, std::int64_t index, int thread, int set) {
   engine.states[index].probe_sets = set + 1;
 }
 
-void add_set(const Engine& engine, std::int64_t index, int set, ProbeSums& sums) {
+template <class Counts>
+void add_set(const Engine& engine, std::int64_t index, int set, ProbeSums& sums, Counts counts) {
   const adaattn_forward_args head = head_of(*engine.args, engine.head(index));
   const float* exact = engine.probes_of(index, set);
   const std::int64_t dv = head.v.shape[3];
   const RowSet rows = probe_rows(engine, set);
   for (std::int64_t i = 0; i < rows.count; ++i) {
+    if (!counts(rows.first + i * rows.step)) continue;
     double error = 0, norm = 0;
     for (std::int64_t c = 0; c < dv; ++c) {
       const float truth = exact[i * dv + c], got = load(head.out, 0, 0, rows.first + i * rows.step, c);
@@ -43,6 +45,8 @@ void add_set(const Engine& engine, std::int64_t index, int set, ProbeSums& sums)
     sums.add(std::isnan(error) ? error : std::max(0.0, error), norm);
   }
 }
+
+constexpr auto kAllRows = [](std::int64_t) { return true; };
 
 double squared_norm(const adaattn_tensor& out) {  // of one head
   constexpr std::int64_t kSums = 8;               // one would wait for every addition
@@ -75,13 +79,21 @@ ErrorEstimate probe_error(const Engine& engine, std::int64_t index, int thread) 
   const auto rows = static_cast<double>(engine.args->q.shape[2]);
   const double error = engine.args->options.error, norm = squared_norm(head_of(*engine.args, engine.head(index)).out);
   ProbeSums sums;
-  for (int set = 0; set < state.probe_sets; ++set) add_set(engine, index, set, sums);
+  for (int set = 0; set < state.probe_sets; ++set) add_set(engine, index, set, sums, kAllRows);
   const ErrorEstimate found = estimate_error(sums, rows, norm);
   if (state.probe_sets == kProbeSets || accepts(found, error) || !promises(found, error)) return found;
   if (probe_rows(engine, 1).count == 0) return found;
   run_set(engine, index, thread, 1);
-  add_set(engine, index, 1, sums);
+  add_set(engine, index, 1, sums, kAllRows);
   return estimate_error(sums, rows, norm);
+}
+
+SampledError sampled_error(const Engine& engine, std::int64_t index, std::int64_t block) {
+  const std::int64_t rows = engine.args->q.shape[2], blocks = (rows + block - 1) / block;
+  ProbeSums sums;
+  for (int set = 0; set < engine.states[index].probe_sets; ++set)
+    add_set(engine, index, set, sums, [&](std::int64_t row) { return is_sampled(blocks - 1 - row / block); });
+  return {estimate_error(sums, static_cast<double>(rows), 0), sums.rows};
 }
 
 }  // namespace adaattn::cpu

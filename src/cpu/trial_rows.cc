@@ -14,9 +14,37 @@ RowSet spaced_rows(const Engine& engine, std::int64_t count) {
   return {.first = (rows - 1 - step * (count - 1)) / 2, .step = step, .count = count};
 }
 
+RowSet trial_rows(const Engine& engine, int set) {
+  const std::int64_t rows = engine.args->q.shape[2];
+  if (engine.args->options.causal != 0 && rows >= 4 * kTrialRows) {
+    const std::int64_t half = rows / 2, step = (half / kTrialRows - 1) | 1;
+    return {.first = set * half + (half - 1 - step * (kTrialRows - 1)) / 2, .step = step, .count = kTrialRows};
+  }
+  RowSet trial = spaced_rows(engine, kTrialRows);
+  if (set == 0) return trial;
+  trial.first += trial.step / 2;
+  trial.count = std::min(trial.count, (rows - 1 - trial.first) / trial.step + 1);
+  return trial;
+}
+
 RowSet pilot_rows(const Engine& engine, std::int64_t panel) {
   const std::int64_t panels = engine.args->q.shape[2] / kLanes;
   return {.first = (2 * panel + 1) * panels / (2 * kPilotPanels) * kLanes, .step = 1, .count = kLanes};
+}
+
+RowSet rows_at_a_glance(const adaattn_forward_args& args, std::int64_t part) {
+  const std::int64_t end = args.q.shape[2] / part, step = std::max<std::int64_t>(1, end / 2 / kTrialRows - 1) | 1;
+  const RowSet rows = {.first = end - 1 - step * (kTrialRows - 1), .step = step, .count = kTrialRows};
+  const bool pays = args.options.error < kLooseBudget && rows.first >= 0 && args.k.shape[2] / part >= kTrialRows;
+  return pays ? rows : RowSet{};
+}
+
+std::int64_t keys_at_a_glance(const adaattn_forward_args& args) {
+  const RowSet rows = rows_at_a_glance(args, kGlance / 2);
+  if (rows.count == 0) return 0;
+  if (args.options.causal == 0) return args.k.shape[2] / (kGlance / 2);
+  const std::int64_t last = rows.first + rows.step * (rows.count - 1);
+  return visible_keys(make_visibility(args.options, args.q.shape[2], args.k.shape[2]), last, last).end;
 }
 
 TrialRows::TrialRows(const Engine& engine, std::int64_t index, int thread)

@@ -16,8 +16,19 @@ struct RowSet {
 // differently from one in its middle.
 RowSet spaced_rows(const Engine& engine, std::int64_t count);
 
+// kTrialRows rows that precisions are tried on, and as many more. Under a causal mask those in the first half of the
+// sequence come first: they cost half. (Rounding errs everywhere alike.)
+RowSet trial_rows(const Engine& engine, int set);
+
 // A panel in the middle of one of kPilotPanels equal parts of the sequence.
 RowSet pilot_rows(const Engine& engine, std::int64_t panel);
+
+// A first look at precisions, within budgets below kLooseBudget: kTrialRows rows in the second half of a part of the
+// queries, the first kGlance-th or twice as many, and the keys that they see, without a causal mask as large a part.
+constexpr std::int64_t kGlance = 16;
+constexpr double kLooseBudget = 5e-2;
+RowSet rows_at_a_glance(const adaattn_forward_args& args, std::int64_t part);  // count 0 if there is none
+std::int64_t keys_at_a_glance(const adaattn_forward_args& args);               // at most
 
 // Of one head and thread. Results lie in the thread's scratch; the work is added to the head's.
 class TrialRows {

@@ -612,7 +612,7 @@ TEST(Screen, HoldsAProductOfItsRankWhole) {
   Scratch scratch(memory.data());
   cpu::KeyHead screen = cpu::lay_out_key_head(args, parts, scratch);
   const cpu::KeyHeadScratch thread = cpu::lay_out_key_head_thread(args, scratch);
-  cpu::build_key_head(args, 0, 0, thread, screen);
+  cpu::begin_key_head(args, 0, 0, kTokens, thread, screen);
   cpu::build_screen(args, 0, 0, 0, thread, screen);
   EXPECT_TRUE(*screen.finite);
   const auto rank = static_cast<std::size_t>(*screen.rank);
