@@ -1,6 +1,7 @@
 #include "cpu/fill_key_heads.h"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace adaattn::cpu {
 namespace {
@@ -25,22 +26,16 @@ Missing missing_of(const Engine& engine, std::int64_t i) {
 
 }  // namespace
 
-// Many keys are cut into spans, so that few heads keep all threads busy.
 void fill_key_heads(const Engine& engine) {
-  constexpr std::int64_t kSpan = 16 * kClassTile;
-  const adaattn_forward_args& args = *engine.args;
-  const std::int64_t key_heads = engine.wave_heads / engine.group, spans = (args.k.shape[2] + kSpan - 1) / kSpan;
+  const std::int64_t key_heads = engine.wave_heads / engine.group;
   bool any = false;
   for (std::int64_t i = 0; i < key_heads; ++i) any = any || missing_of(engine, i).tiles;
   if (!any) return;
-  for_all(engine, key_heads * spans, [&](std::int64_t task, int thread) {
-    const std::int64_t i = task / spans, key_head = engine.first + i, b = key_head / args.k.shape[1];
+  for_key_spans(engine, [&](std::int64_t i, std::int64_t b, std::int64_t key_head, KeySpan span, int thread) {
     const KeyHead& keys = engine.keys[i];
     const Missing fill = missing_of(engine, i);
-    const std::int64_t first = task % spans * kSpan;
-    const KeySpan span = {std::max(first, keys.begun), std::min(first + kSpan, key_count(args, b))};
-    if (!fill.tiles ||
-        fill_tiles(args, b, key_head % args.k.shape[1], span, fill.copies, engine.scratch[thread].key_head, keys))
+    span.first = std::max(span.first, keys.begun);
+    if (!fill.tiles || fill_tiles(*engine.args, b, key_head, span, fill.copies, engine.scratch[thread].key_head, keys))
       return;
 #pragma omp atomic write
     *keys.finite = false;

@@ -138,9 +138,9 @@ void find_basis(const adaattn_forward_args& args, std::int64_t b, std::int64_t k
   *to.rank = static_cast<std::int64_t>(small ? kSmallRank : kScreenRank);
   for (std::size_t c = 0; c < dim; ++c)
     for (std::size_t j = 0; j < kScreenRank; ++j) to.z[c * kScreenRank + j] = scratch.t[j * width + c];
-  std::fill_n(scratch.columns, width * kRankColumns, 0.0F);
+  std::fill_n(to.y, width * kRankColumns, 0.0F);
   for (std::size_t c = 0; c < dim; ++c)
-    for (std::size_t j = 0; j < kScreenRank; ++j) scratch.columns[c * kRankColumns + j] = scratch.y[j * width + c];
+    for (std::size_t j = 0; j < kScreenRank; ++j) to.y[c * kRankColumns + j] = scratch.y[j * width + c];
 }
 
 // The keys' coordinates in the screen as bytes, one scale for the tile.
@@ -187,8 +187,8 @@ void screen_tile(const float* k, std::size_t ld_k, std::size_t dim, const float*
                  std::size_t first, std::size_t count, const KeyHeadScratch& scratch, const KeyHead& to) {
   const std::size_t tile = first / static_cast<std::size_t>(kClassTile),
                     width_v = padded_width(static_cast<std::int64_t>(dim_v)), rank = static_cast<std::size_t>(*to.rank);
-  product<ALayout::kRowMajor, false>(count, k, ld_k, scratch.columns, kRankColumns, dim, scratch.projected,
-                                     kRankColumns, kRankColumns);
+  product<ALayout::kRowMajor, false>(count, k, ld_k, to.y, kRankColumns, dim, scratch.projected, kRankColumns,
+                                     kRankColumns);
   if (to.k8 != nullptr) {
     screen_to_bytes(scratch.projected, count, rank, to.k8 + first * rank, to.k8_scale + tile);
   } else {
@@ -253,14 +253,16 @@ bool fill_for_target(const adaattn_forward_args& args, std::int64_t b, std::int6
   });
 }
 
-bool screen_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
-                       const KeyHeadScratch& scratch, const KeyHead& to) {
+void find_screen_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head,
+                            const KeyHeadScratch& scratch, const KeyHead& to) {
+  find_basis(args, b, key_head, key_count(args, b), scratch, to);
+}
+
+void fill_screen_for_target(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys,
+                            const KeyHeadScratch& scratch, const KeyHead& to) {
   const std::size_t dim = static_cast<std::size_t>(args.q.shape[3]), width = padded_width(args.q.shape[3]);
   const std::size_t dim_v = static_cast<std::size_t>(args.v.shape[3]), width_v = padded_width(args.v.shape[3]);
-  const std::int64_t nk = key_count(args, b);
-  find_basis(args, b, key_head, nk, scratch, to);
-  if (*to.energy < least_energy) return false;
-  return for_each_tile(args, b, key_head, {0, nk}, scratch, to, [&](std::size_t first, std::size_t count) {
+  for_each_tile(args, b, key_head, keys, scratch, to, [&](std::size_t first, std::size_t count) {
     screen_tile(scratch.rows, width, dim, scratch.values, width_v, dim_v, first, count, scratch, to);
   });
 }
@@ -273,7 +275,8 @@ HWY_AFTER_NAMESPACE();
 namespace adaattn::cpu {
 
 HWY_EXPORT(fill_for_target);
-HWY_EXPORT(screen_for_target);
+HWY_EXPORT(find_screen_for_target);
+HWY_EXPORT(fill_screen_for_target);
 HWY_EXPORT(sampled_mean);
 
 void begin_key_head(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, std::int64_t keys,
@@ -296,9 +299,14 @@ void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_hea
   HWY_DYNAMIC_DISPATCH(sampled_mean)(k, b, key_head, keys, rows, mean);
 }
 
-void build_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
-                  const KeyHeadScratch& scratch, KeyHead& to) {
-  to.screened = HWY_DYNAMIC_DISPATCH(screen_for_target)(args, b, key_head, least_energy, scratch, to);
+void find_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, const KeyHeadScratch& scratch,
+                 const KeyHead& to) {
+  HWY_DYNAMIC_DISPATCH(find_screen_for_target)(args, b, key_head, scratch, to);
+}
+
+void fill_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys,
+                 const KeyHeadScratch& scratch, const KeyHead& to) {
+  HWY_DYNAMIC_DISPATCH(fill_screen_for_target)(args, b, key_head, keys, scratch, to);
 }
 
 }  // namespace adaattn::cpu

@@ -39,9 +39,9 @@ struct Parts {
 
 // Arrays in the caller's workspace.
 struct KeyHead {
-  bool screen_wanted;
   bool screened;         // whether the screen's arrays, and the pooled ones, are filled
   float* z;              // [D][kScreenRank], for q
+  float* y;              // [D rounded up to panels][kRankColumns], for k
   float* spread;         // [D][D rounded up to panels] Kc^T Kc, and
   float* sampled;        // [1] of how many keys: q's scores have the variance (q^T Kc^T Kc q) / sampled, and what the
                          // screen does not see of it is (q^T Kc^T Kc q - ||Z^T q||^2) / sampled
@@ -86,6 +86,7 @@ inline KeyHead lay_out_key_head(const adaattn_forward_args& args, Parts parts, S
   head.copy = lay_out_quantized(args, parts.copies, scratch);
   if (!parts.screen) return head;
   head.z = scratch.take<float>(d * kScreenRank);
+  head.y = scratch.take<float>(padded_width(args.q.shape[3]) * kRankColumns);
   head.spread = scratch.take<float>(d * padded_width(args.q.shape[3]));
   head.sampled = scratch.take<float>(1);
   head.rank = scratch.take<std::int64_t>(1);
@@ -126,11 +127,14 @@ struct KeySpan {
 bool fill_tiles(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys, Copies copies,
                 const KeyHeadScratch& scratch, const KeyHead& to);
 
-// The screen, for all query heads that share it, unless it would hold less than least_energy: its basis, and its tiles.
-// k and v must be finite, value_means filled and the screen laid out. Directions beyond those that q and k have come
-// out as 0.
-void build_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, float least_energy,
-                  const KeyHeadScratch& scratch, KeyHead& to);
+// The screen, for all query heads that share it: first its basis, which must be laid out, and the energy. Directions
+// beyond those that q and k have come out as 0.
+void find_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, const KeyHeadScratch& scratch,
+                 const KeyHead& to);
+
+// Then its tiles, whole ones but for the last. k and v must be finite and value_means filled.
+void fill_screen(const adaattn_forward_args& args, std::int64_t b, std::int64_t key_head, KeySpan keys,
+                 const KeyHeadScratch& scratch, const KeyHead& to);
 
 // KeyHead.mean alone, of the first keys; rows: scratch, [kKeyTile][D rounded up to panels].
 void find_key_mean(const adaattn_tensor& k, std::int64_t b, std::int64_t key_head, std::int64_t keys, float* rows,

@@ -1,5 +1,6 @@
 #include "cpu/pilot.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "cpu/droppable.h"
@@ -294,24 +295,28 @@ class Pilot : private PrecisionTrials {
   int thread_;
 };
 
+// Only heads whose basis holds enough have their tiles, and the screen's, filled.
 void build_screens(const Engine& engine) {
   const adaattn_forward_args& args = *engine.args;
   const std::int64_t key_heads = engine.wave_heads / engine.group;
-  for_all(engine, key_heads, [&](std::int64_t i, int thread) {
-    bool& wanted = engine.keys[i].screen_wanted;
-    wanted = false;
-    for (std::int64_t h = i * engine.group; h < (i + 1) * engine.group && !wanted; ++h)
-      wanted = Pilot(engine, h, thread).wants_screen();
-    for (std::int64_t h = i * engine.group; h < (i + 1) * engine.group && wanted; ++h)
-      Pilot(engine, h, thread).expect_tiles();
-  });
-  fill_key_heads(engine);
   const float least_energy = args.plans != nullptr ? 0 : kLeastEnergy;
   for_all(engine, key_heads, [&](std::int64_t i, int thread) {
-    const std::int64_t key_head = engine.first + i;
-    if (engine.keys[i].screen_wanted && *engine.keys[i].finite)
-      build_screen(args, key_head / args.k.shape[1], key_head % args.k.shape[1], least_energy,
-                   engine.scratch[thread].key_head, engine.keys[i]);
+    KeyHead& keys = engine.keys[i];
+    const std::int64_t first = i * engine.group, end = first + engine.group, key_head = engine.first + i;
+    keys.screened = false;
+    for (std::int64_t h = first; h < end && !keys.screened; ++h)
+      keys.screened = Pilot(engine, h, thread).wants_screen();
+    if (!keys.screened) return;
+    find_screen(args, key_head / args.k.shape[1], key_head % args.k.shape[1], engine.scratch[thread].key_head, keys);
+    keys.screened = !(*keys.energy < least_energy);
+    for (std::int64_t h = first; h < end && keys.screened; ++h) Pilot(engine, h, thread).expect_tiles();
+  });
+  fill_key_heads(engine);
+  for (std::int64_t i = 0; i < key_heads; ++i)
+    engine.keys[i].screened = engine.keys[i].screened && *engine.keys[i].finite;
+  if (std::none_of(engine.keys, engine.keys + key_heads, [](const KeyHead& keys) { return keys.screened; })) return;
+  for_key_spans(engine, [&](std::int64_t i, std::int64_t b, std::int64_t key_head, KeySpan span, int thread) {
+    if (engine.keys[i].screened) fill_screen(args, b, key_head, span, engine.scratch[thread].key_head, engine.keys[i]);
   });
 }
 

@@ -613,7 +613,8 @@ TEST(Screen, HoldsAProductOfItsRankWhole) {
   cpu::KeyHead screen = cpu::lay_out_key_head(args, parts, scratch);
   const cpu::KeyHeadScratch thread = cpu::lay_out_key_head_thread(args, scratch);
   cpu::begin_key_head(args, 0, 0, kTokens, thread, screen);
-  cpu::build_screen(args, 0, 0, 0, thread, screen);
+  cpu::find_screen(args, 0, 0, thread, screen);
+  cpu::fill_screen(args, 0, 0, {0, kTokens}, thread, screen);
   EXPECT_TRUE(*screen.finite);
   const auto rank = static_cast<std::size_t>(*screen.rank);
   EXPECT_EQ(rank, cpu::kSmallRank) << "16 dimensions hold all";
