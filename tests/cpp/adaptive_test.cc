@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "adaattn/attention.h"
@@ -438,6 +439,21 @@ TEST(Adaptive, RunsDenseForHeadsWithNanOrInfinity) {
   for (std::size_t x = 0; x < got.out.size(); ++x) EXPECT_EQ(std::isnan(got.out[x]), std::isnan(exact.out[x])) << x;
 }
 
+TEST(Adaptive, FindsNanPastWhatAGlanceReads) {
+  Inputs inputs({});
+  inputs.v()[3000 * 32 + 5] = std::numeric_limits<float>::quiet_NaN();
+  const Inputs::Result exact = inputs.run("cpu_flash", 0);
+  for (const double error : {3e-2, 1e-2, 3e-3}) {
+    const Inputs::Result got = inputs.run("cpu_adaptive", error);
+    for (std::size_t h = 0; h < 2; ++h) EXPECT_EQ(got.reports[h].plan.precision, ADAATTN_PRECISION_FLOAT32) << error;
+    for (std::size_t x = 0; x < got.out.size(); ++x) {
+      EXPECT_EQ(std::isnan(got.out[x]), std::isnan(exact.out[x])) << x << " at " << error;
+      if (std::isnan(exact.out[x])) continue;
+      EXPECT_EQ(got.out[x], exact.out[x]) << x << " at " << error;
+    }
+  }
+}
+
 TEST(Adaptive, DoesNotTrustLowPrecisionWithScoresOfHundreds) {
   // Nearly every row is one key's, whose value a rounded score leaves alone: the trial rows show hardly an error, and
   // the log-sum-exp shows it.
@@ -585,6 +601,47 @@ TEST(Droppable, CountsTilesBelowEveryRowsBest) {
                      static_cast<double>(expected) / static_cast<double>(count))
         << hwy::TargetName(target);
   }
+}
+
+TEST(KeyHead, HoldsTheSameHoweverItIsFilled) {
+  constexpr std::int64_t kKeys = 300, kDim = 40;
+  Inputs inputs({.query_heads = 1, .queries = kKeys, .keys = kKeys, .dim = kDim});
+  std::vector<float> k = inputs.k();
+  const ForwardArgs args = forward_args(
+      adaattn::view(inputs.q().data(), {1, 1, kKeys, kDim}), adaattn::view(k.data(), {1, 1, kKeys, kDim}),
+      adaattn::view(inputs.v().data(), {1, 1, kKeys, kDim}), adaattn::view(inputs.v().data(), {1, 1, kKeys, kDim}));
+  constexpr cpu::Copies kBoth = {.int8 = true, .bfloat16 = true};
+  const cpu::Parts parts = {.screen = false, .int8_screen = false, .copies = kBoth};
+  const auto lay_out = [&](Scratch& scratch) {
+    const cpu::KeyHead head = cpu::lay_out_key_head(args, parts, scratch);
+    return std::pair(head, cpu::lay_out_key_head_thread(args, scratch));
+  };
+  Scratch sizes(nullptr);
+  lay_out(sizes);
+  const Memory whole_memory(sizes.bytes()), parts_memory(sizes.bytes());
+  Scratch whole_scratch(whole_memory.data()), parts_scratch(parts_memory.data());
+  auto [whole, whole_thread] = lay_out(whole_scratch);
+  auto [in_parts, parts_thread] = lay_out(parts_scratch);
+  cpu::begin_key_head(args, 0, 0, kKeys, whole_thread, whole);
+  EXPECT_EQ(whole.begun, kKeys);
+  cpu::begin_key_head(args, 0, 0, 70, parts_thread, in_parts);
+  EXPECT_EQ(in_parts.begun, 128) << "whole tiles";
+  EXPECT_TRUE(cpu::fill_tiles(args, 0, 0, {256, kKeys}, kBoth, parts_thread, in_parts));
+  EXPECT_TRUE(cpu::fill_tiles(args, 0, 0, {128, 256}, {.int8 = true, .bfloat16 = false}, parts_thread, in_parts));
+  EXPECT_TRUE(cpu::fill_tiles(args, 0, 0, {128, 256}, {.int8 = false, .bfloat16 = true}, parts_thread, in_parts));
+  const auto same = [](const auto* a, const auto* b, std::size_t count) { return std::equal(a, a + count, b); };
+  EXPECT_TRUE(same(whole.mean, in_parts.mean, kDim));
+  EXPECT_TRUE(same(whole.value_means, in_parts.value_means, 5 * 64));  // 40 rounded up to panels
+  EXPECT_TRUE(same(whole.copy.k8, in_parts.copy.k8, kKeys * kDim));
+  EXPECT_TRUE(same(whole.copy.k8_scale, in_parts.copy.k8_scale, kKeys));
+  EXPECT_TRUE(same(whole.copy.v8, in_parts.copy.v8, 320 * kDim));
+  EXPECT_TRUE(same(whole.copy.v8_scale, in_parts.copy.v8_scale, 5 * kDim));
+  EXPECT_TRUE(same(whole.copy.k16, in_parts.copy.k16, kKeys * kDim));
+  EXPECT_TRUE(same(whole.copy.v16, in_parts.copy.v16, 320 * kDim));
+
+  inputs.v()[200 * kDim] = INFINITY;
+  EXPECT_TRUE(cpu::fill_tiles(args, 0, 0, {0, 192}, kBoth, parts_thread, in_parts));
+  EXPECT_FALSE(cpu::fill_tiles(args, 0, 0, {128, kKeys}, kBoth, parts_thread, in_parts));
 }
 
 TEST(Screen, HoldsAProductOfItsRankWhole) {
