@@ -1,6 +1,5 @@
 #include "cuda/common/device.h"
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <array>
@@ -9,7 +8,6 @@
 
 #include "common/error.h"
 #include "cuda/common/check.h"
-#include "cuda/common/driver.h"
 #include "cuda/cuda_kernels.h"
 
 namespace adaattn::cuda {
@@ -50,27 +48,6 @@ Device describe(int device) {
           .multiprocessors = static_cast<int>(packed >> 16)};
 }
 
-void check_driver(CUresult result, const char* name) {
-  if (result != CUDA_SUCCESS)
-    throw StatusError(ADAATTN_INTERNAL_ERROR, concat(name, " failed with CUresult ", int{result}));
-}
-
-// A thread that has launched nothing yet has no current context, and the driver's functions want one: autograd's
-// threads are such, and neither cudaGetDevice nor cudaSetDevice gives them one. The runtime's is the primary one.
-void give_context(int device) {
-  static const auto current = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent", 12000);
-  CUcontext context = nullptr;
-  check_driver(current(&context), "cuCtxGetCurrent");
-  if (context != nullptr) return;
-  static const auto find = driver_function<decltype(&cuDeviceGet)>("cuDeviceGet", 12000);
-  static const auto retain = driver_function<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain", 12000);
-  static const auto set = driver_function<decltype(&cuCtxSetCurrent)>("cuCtxSetCurrent", 12000);
-  CUdevice handle = 0;
-  check_driver(find(&handle, device), "cuDeviceGet");
-  check_driver(retain(&context, handle), "cuDevicePrimaryCtxRetain");  // for the process's life, as the runtime does
-  check_driver(set(context), "cuCtxSetCurrent");
-}
-
 // 0 without a device.
 int current_capability() {
   static std::atomic<bool> some{false};  // a machine that had a device keeps it
@@ -88,7 +65,6 @@ int current_capability() {
 Device current_device() {
   int device = 0;
   ADAATTN_CUDA_CHECK(cudaGetDevice(&device));
-  give_context(device);
   return describe(device);
 }
 

@@ -1,9 +1,12 @@
 #include "cuda/common/tensor_map.h"
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
 #include "common/dtype.h"
 #include "common/error.h"
+#include "cuda/common/check.h"
 #include "cuda/common/driver.h"
 
 namespace adaattn::cuda {
@@ -12,6 +15,29 @@ namespace {
 decltype(&cuTensorMapEncodeTiled) encoder() {
   static const auto function = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
   return function;
+}
+
+void check_driver(CUresult result, const char* name) {
+  if (result != CUDA_SUCCESS)
+    throw StatusError(ADAATTN_INTERNAL_ERROR, concat(name, " failed with CUresult ", int{result}));
+}
+
+// A thread that has launched nothing yet has no current context, and describing a tensor wants one: autograd's threads
+// are such, and neither cudaGetDevice nor cudaSetDevice gives them one. The runtime's is the primary one.
+void give_context() {
+  static const auto current = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent", 12000);
+  CUcontext context = nullptr;
+  check_driver(current(&context), "cuCtxGetCurrent");
+  if (context != nullptr) return;
+  static const auto find = driver_function<decltype(&cuDeviceGet)>("cuDeviceGet", 12000);
+  static const auto retain = driver_function<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain", 12000);
+  static const auto set = driver_function<decltype(&cuCtxSetCurrent)>("cuCtxSetCurrent", 12000);
+  int device = 0;
+  ADAATTN_CUDA_CHECK(cudaGetDevice(&device));
+  CUdevice handle = 0;
+  check_driver(find(&handle, device), "cuDeviceGet");
+  check_driver(retain(&context, handle), "cuDevicePrimaryCtxRetain");  // for the process's life, as the runtime does
+  check_driver(set(context), "cuCtxSetCurrent");
 }
 
 // Axes from the innermost; strides in bytes, of all but the innermost.
@@ -25,11 +51,11 @@ CUtensorMap encode(const adaattn_tensor& tensor, const cuuint64_t (&size)[kAxes]
   for (int axis = 1; axis < kAxes; ++axis)  // an axis of one entry is never stepped along: any valid stride will do
     if (size[axis] == 1) stride[axis - 1] = 16;
   CUtensorMap map;
+  give_context();
   const CUresult result =
       encoder()(&map, type, kAxes, tensor.data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw StatusError(ADAATTN_INTERNAL_ERROR, concat("cuTensorMapEncodeTiled failed with CUresult ", int{result}));
+  check_driver(result, "cuTensorMapEncodeTiled");
   return map;
 }
 
