@@ -32,6 +32,18 @@ def check(
     assert lse.cpu().isfinite().all()
 
 
+def late_maxima(dim: int) -> None:
+    """Tiles that sm90_forward does again, D to 64 with both of its tile sizes."""
+    for tokens in (700, 1100):
+        q, k, v = (filled(1, 2, tokens, dim) for _ in range(3))
+        q[..., :1].copy_(torch.full((1, 2, tokens, 1), 40.0))
+        k[:, :, :50, :1].copy_(torch.full((1, 2, 50, 1), 40.0))
+        out = torch.zeros_like(q)
+        Forward(q, k, v, out, kernel=b"sm90_forward")()
+        torch.cuda.synchronize()
+        assert out.cpu().isfinite().all()
+
+
 def instances() -> None:
     """Those of the forward kernel that main() does not choose, and merging."""
     for dim in (64, 128, 256):
@@ -44,6 +56,8 @@ def instances() -> None:
             mask.copy_(torch.rand(mask.shape) < 0.7)
             statistics = {n: torch.zeros(2, 8, queries, device="cuda") for n in ("entropy", "max_probability")}
             check(2, 8, queries, keys=(2, count), dim=dim, mask=mask, **statistics)
+    for dim in (64, 128, 256):
+        late_maxima(dim)
     for dim in (64, 128):
         check(2, 3, 200, keys=(3, 700), dim=dim, kernel=b"sm90_short")
         check(2, 70, 130, dim=dim, kernel=b"sm90_short", causal=1)

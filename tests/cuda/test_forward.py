@@ -192,16 +192,64 @@ def test_outliers_do_not_overflow():
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("n", [300, 1500])
 @pytest.mark.parametrize(
     ("where", "value"), [("q", math.nan), ("k", math.nan), ("v", math.nan), ("k", math.inf), ("v", math.inf)]
 )
-def test_nan_and_inf_propagate(dim, where, value):
-    tensors = {name: tensor(1, 1, 300, dim, dtype=BF16) for name in "qkv"}
+def test_nan_and_inf_propagate(dim, n, where, value):
+    tensors = {name: tensor(1, 1, n, dim, dtype=BF16) for name in "qkv"}
     tensors[where][0, 0, 123, 7] = value
     out, _ = run(tensors["q"], tensors["k"], tensors["v"])
     want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in tensors.values()))
     assert torch.equal(out.isnan(), want.isnan())
     assert torch.equal(out.isinf(), want.isinf())
+
+
+def grow(q, k, odds: float) -> None:
+    """Adds odds, in nats, to every query's scores with the first 100 keys: blocks are visited from the last on, so that
+    the largest scores come late. In every third head only: the others' tiles go their usual way."""
+    step = math.sqrt(odds * math.sqrt(q.shape[-1]))
+    for head in range(0, q.shape[1], 3):
+        q[:, head, :, 0] = step
+        k[:, head * k.shape[1] // q.shape[1], :100, 0] = step
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 6, 6, 700), (1, 160, 4, 1500)])
+@pytest.mark.parametrize("odds", [8.0, 30.0, 60.0, 300.0])
+def test_largest_scores_come_late(dtype, dim, causal, shape, odds):
+    b, hq, hk, n = shape
+    q = tensor(b, hq, n, dim, dtype=dtype)
+    k, v = (tensor(b, hk, n, dim, dtype=dtype) for _ in range(2))
+    grow(q, k, odds)
+    truth = reference.attention(q, k, v, reference.visible(n, n, causal=bool(causal)))
+    out, lse = run(q, k, v, causal=causal)
+    assert_right((out, truth[1]), truth, dtype)
+    assert ((lse.double() - truth[1]).abs() / truth[1].abs().clamp(min=1)).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("n", [700, 1500])
+def test_huge_values_with_late_maxima(dim, n):
+    """What a probability over 1 would take out of float32's range."""
+    q, k, v = (tensor(1, 3, n, dim, dtype=BF16) for _ in range(3))
+    grow(q, k, 20.0)
+    v *= 1e35
+    truth = reference.attention(q, k, v, reference.visible(n, n))
+    assert_right(run(q, k, v), truth, BF16)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("n", [700, 1500])
+def test_first_keys_score_nothing(dim, n):
+    """Those of the blocks that are visited first: rows have no maximum when they meet the others."""
+    q, k, v = (tensor(1, 3, n, dim, dtype=BF16) for _ in range(3))
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, 1, 200:, 0] = -math.inf
+    truth = reference.attention(q, k, v, reference.visible(n, n))
+    assert_right(run(q, k, v), truth, BF16)
 
 
 def test_no_keys_and_no_queries():
@@ -214,8 +262,10 @@ def test_no_keys_and_no_queries():
     assert run(empty, q, q)[0].numel() == 0
 
 
-def test_same_bits_every_time():
+@pytest.mark.parametrize("odds", [0.0, 60.0])
+def test_same_bits_every_time(odds):
     q, k, v = (tensor(2, 80, 700, 128, dtype=BF16) for _ in range(3))
+    grow(q, k, odds)
     first = run(q, k, v, causal=1)[0]
     for _ in range(20):
         assert torch.equal(run(q, k, v, causal=1)[0], first)

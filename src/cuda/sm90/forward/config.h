@@ -26,6 +26,12 @@ struct ForwardTile {
   // 16-bit numbers, each of which adds to the ones before, that make up one element of q, k and v. Two for float32: the
   // second is what the first rounds away. They lie side by side in a row of the tensors that are copied.
   int terms = 1;
+  // Blocks that every row of a consumer sees whole follow no running maximum: the one so far stays the exponentials'
+  // reference (FlashDecoding++, arXiv 2311.01282, has one such for all rows). Where that goes wrong, the tile is done
+  // again. With bfloat16 only: it has float32's range.
+  bool keeps_reference = false;
+  // Half of the exponentials come before the wait for the product with V, not all after it. With kept references only.
+  bool half_early = false;
 };
 
 // One block of threads works on kQueries rows: a producer warpgroup that copies, and the consumers.
@@ -44,6 +50,8 @@ struct ForwardConfig {
   static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
   static constexpr int kTerms = kTile.terms, kStoredChunks = kChunks * kTerms;  // those of the first term come first
   static_assert(kTerms == 1 || (kTerms == 2 && !kPacks && !kParts && !kMasks), "not written for two terms");
+  static constexpr bool kKeepsReference = kTile.keeps_reference, kHalfEarly = kTile.half_early;
+  static_assert(!kKeepsReference || (kOwnQueries && !kParts && !kMasks && kTerms == 1), "not written for these");
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
   // number, a multiple of 8; one consumer alone with a producer has enough of them then.
@@ -68,13 +76,14 @@ struct ForwardShared {
   // Of the tile that these queries are of. Tiles take turns at two places, so that a consumer can give its queries back
   // and read the plan to the tile's end: the place is written again after it gave the next tile's queries back.
   TilePlan plan[2][Config::kQueryParts];
+  unsigned failed[2][Config::kQueryParts];  // not 0: the tile in this place has to be done again
 };
 
 // What a launch asks for: the struct without the padding at its end, which can keep a second block of threads out.
 template <typename Config>
 constexpr int shared_bytes() {
-  return static_cast<int>((offsetof(ForwardShared<Config>, plan) + sizeof(ForwardShared<Config>::plan) + 127) / 128 *
-                          128);
+  return static_cast<int>((offsetof(ForwardShared<Config>, failed) + sizeof(ForwardShared<Config>::failed) + 127) /
+                          128 * 128);
 }
 
 // A mask tensor, broadcast by strides of 0.

@@ -21,9 +21,8 @@ namespace {
 
 using Args = adaattn_forward_args;
 
-// Up to so many keys a row smaller steps pay, at D of 128: more where the diagonal or a window's edge cuts steps.
-// Measured (docs/performance.md): at 1,024 keys they gain 2 %, at 4,096 under a causal mask none, and at 8,192 they
-// lose 2 %.
+// Up to so many keys a row smaller steps pay (docs/performance.md): more where the diagonal or a window's edge cuts
+// steps of float16 at D of 128.
 constexpr std::int64_t kFineKeys = 1024, kFineKeysAtEdges = 4096;
 
 // Each use of the kernel, by a function that calls visit with the configuration that a problem takes.
@@ -60,9 +59,11 @@ struct Usual {
   template <typename Visitor>
   static void with_config(const Args& args, const Visitor& visit) {
     const std::int64_t dim = dim_of(args);
-    if (dim <= 64) return visit(Dim64{});
     if (dim > 128) return visit(Dim256{});
-    if (keys_in_sight(args) <= (tiles_differ(args) ? kFineKeysAtEdges : kFineKeys)) return visit(Dim128Fine{});
+    const std::int64_t keys = keys_in_sight(args);
+    if (dim <= 64) return keys <= kFineKeys ? visit(Dim64Fine{}) : visit(Dim64{});
+    if (args.q.dtype == ADAATTN_FLOAT16 && keys > (tiles_differ(args) ? kFineKeysAtEdges : kFineKeys))
+      return visit(HalfDim128{});
     visit(Dim128{});
   }
 };
@@ -150,10 +151,9 @@ template <typename Use>
 void run(const Args& args) {
   if (!has_elements(args.out)) return;
   Use::with_config(args, [&]<typename Config>(Config) {
-    if (args.q.dtype == ADAATTN_BFLOAT16)
-      launch<__nv_bfloat16, Config>(args);
-    else
-      launch<__half, Config>(args);
+    if constexpr (!std::is_same_v<Config, HalfDim128>)
+      if (args.q.dtype == ADAATTN_BFLOAT16) return launch<__nv_bfloat16, Config>(args);
+    launch<__half, Config>(args);
   });
 }
 

@@ -104,6 +104,7 @@ __device__ __forceinline__ Object& choose(Object& first, Object& second) {
 template <typename T, typename Config>
 __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShared<Config>& shared, int consumer) {
   constexpr int kKeys = Config::kKeys, kTurnThreads = 2 * ptx::kWarpgroupThreads;
+  constexpr bool kKeeps = keeps_reference<T, Config>();
   const int query_part = Config::kQueryParts > 1 ? consumer : 0;
   // With two terms registers are scarcer still: what depends on the consumer is made anew where it is used.
   const auto own_index = [&]() -> int {
@@ -132,8 +133,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
   for (;;) {
     ptx::wait(shared.q_full[query_part], q_place.parity);
     const TilePlan& plan = shared.plan[q_place.parity][query_part];  // registers are scarce
+    unsigned& failed = shared.failed[q_place.parity][query_part];
     q_place.advance();
-    if (plan.first_query < 0) return;
+    if (plan.kind == TilePlan::kEnd) return;
+    if (kKeeps && plan.kind == TilePlan::kIdle) {
+      ptx::arrive(shared.q_empty[query_part]);
+      continue;
+    }
     const StripPlan strip = plan_strip<Config>(params.grid, plan, consumer);
     const auto tile_row = [&] {
       const int thread = ptx::thread_in_warpgroup();
@@ -165,6 +171,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     float of_step[Config::kDim / 2];
     auto& sums = choose<kAddsSteps>(of_step, out);
     RowState state;
+    bool steady = false;  // whether references were kept
 
     if (plan.key_count < params.grid.key_count && plan.steps > 0)
       if (const int tail = plan.key_count - block_of_step(plan, 0) * kKeys; tail < kKeys) {
@@ -207,7 +214,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       int step = strip.first_step + 1;
       bool keys_came = false, values_came = false;
       if (step == steps) give_queries_back();
-      const auto advance = [&]<bool kHide>() __attribute__((always_inline)) {
+      // kHide: blocks may hold keys that a row does not see. kSteady: references are kept.
+      const auto advance = [&]<bool kHide, bool kSteady>() __attribute__((always_inline)) {
         const RowMajor<Config> k(address(shared.k[k_place.stage]));
         const ColumnMajor<Config> v(address(shared.v[v_place.stage]));
         if (!keys_came) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
@@ -222,9 +230,15 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         k_place.advance();
         if (step + 1 == steps) give_queries_back();
         if constexpr (kHide) finish_scores(scores, step);
-        const float tops[2] = {row_max(scores, 0), row_max(scores, 1)};
+        float tops[2];
+        if constexpr (!kSteady) tops[0] = row_max(scores, 0), tops[1] = row_max(scores, 1);
         if constexpr (Config::kTerms == 1) keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
         [[maybe_unused]] const float before[2] = {correction[0], correction[1]};
+        constexpr bool kEarly = kSteady && Config::kHalfEarly;
+        if constexpr (kEarly) {
+          exponentiate_kept(scores, 0, state, scale_log2);
+          stay_before(state.sum[0]);
+        }
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sums);
         release(shared.v_empty[v_place.stage]);
@@ -232,22 +246,28 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         if constexpr (Config::kTerms == 1)
           values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
         if constexpr (kAddsSteps) rescale_and_add(out, before, of_step);
-        exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
-        if constexpr (!kAddsSteps) rescale(out, correction);
+        if constexpr (kSteady) {
+          if constexpr (!kEarly) exponentiate_kept(scores, 0, state, scale_log2);
+          exponentiate_kept(scores, 1, state, scale_log2);
+        } else {
+          exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
+          if constexpr (!kAddsSteps) rescale(out, correction);
+        }
         pack_operand<Factor<T>>(p, scores);
       };
       // Steps in [full_begin, full_end) hide nothing: in a loop of their own, without a word about what is visible.
       // With two terms there are no registers for that, nor for tests made early.
-      const int full_begin =
-          Config::kMasks || Config::kTerms == 2 ? steps : clamp_int(plan.block_end - strip.full_end, step, steps);
+      const bool apart = !Config::kMasks && Config::kTerms == 1 && (!kKeeps || plan.kind == TilePlan::kSteady);
+      const int full_begin = apart ? clamp_int(plan.block_end - strip.full_end, step, steps) : steps;
       const int full_end = most(full_begin, least(plan.block_end - strip.full_begin, plan.window_steps));
+      steady = kKeeps && full_begin < full_end;
       for (int until = full_begin;; until = steps) {
 #pragma unroll 1
-        for (; step < until; ++step) advance.template operator()<true>();
+        for (; step < until; ++step) advance.template operator()<true, false>();
         if (until == steps) break;
         if constexpr (!Config::kMasks && Config::kTerms == 1) {
 #pragma unroll 1
-          for (; step < full_end; ++step) advance.template operator()<false>();
+          for (; step < full_end; ++step) advance.template operator()<false, kKeeps>();
         }
       }
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
@@ -260,6 +280,18 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     } else {
       give_queries_back();
     }
+    if constexpr (kKeeps)
+      if (steady) {
+        bool wrong = false;
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+          wrong |= place_of_row<Config>(params.grid, plan, tile_row() + 8 * row).exists &&
+                   reference_failed(state, out, row, plan.key_count);
+        if (__any_sync(0xFFFFFFFFu, wrong)) {  // the whole tile is done again: other rows' results do not count
+          if (ptx::thread_in_warpgroup() % 32 == 0) atomicOr(&failed, 1u);
+          continue;
+        }
+      }
     if (Config::kParts && plan.part != TilePlan::kWhole)
       store_part<Config>(params, plan, tile_row(), out, state);
     else
@@ -277,6 +309,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     for (int part = 0; part < Config::kQueryParts; ++part) {
       ptx::init_barrier(shared.q_full[part], 1);
       ptx::init_barrier(shared.q_empty[part], ptx::kWarpgroupThreads * Config::kConsumers / Config::kQueryParts);
+      shared.failed[0][part] = shared.failed[1][part] = 0;
     }
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(shared.k_full[stage], 1);
@@ -293,7 +326,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / ptx::kWarpgroupThreads, 0);
   if (warpgroup == 0) {
     if constexpr (Config::kTradesRegisters) ptx::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce(params, shared);
+    if (threadIdx.x == 0) produce<T>(params, shared);
   } else {
     if constexpr (Config::kTradesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     consume<T, Config>(params, shared, warpgroup - 1);

@@ -1,6 +1,10 @@
 // What the producer of the sm_90a forward kernel does: takes tiles of work, and copies their queries, keys and values.
 #pragma once
 
+#include <cuda_bf16.h>
+
+#include <type_traits>
+
 #include "cuda/common/ptx/mbarrier.cuh"
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/sm90/forward/config.h"
@@ -8,7 +12,13 @@
 
 namespace adaattn::cuda::sm90 {
 
-template <typename Config>
+// Whether an instance keeps references: float16 would overflow too soon.
+template <typename T, typename Config>
+constexpr bool keeps_reference() {
+  return Config::kKeepsReference && std::is_same_v<T, __nv_bfloat16>;
+}
+
+template <typename T, typename Config>
 __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShared<Config>& shared) {
   constexpr std::uint32_t kBlockBytes = sizeof(shared.k[0]);
   ptx::RingPlace<Config::kStages> k_place, v_place;
@@ -32,13 +42,21 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
   };
 
   // What a row box holds is copied, and counted, also where it reaches past the tensor. Rows of the tile after it keep
-  // what they had: nothing reads their results. Without a tile, tells the consumers that there is no more work.
+  // what they had: nothing reads their results. Tells the consumers, too, that there is nothing to do. Returns whether
+  // the tile that was in this place before, the last but one, has to be done again: to give the last one's queries
+  // back, consumers have finished that one.
   const auto load_queries = [&](const TilePlan& plan) {
     constexpr int kParts = Config::kQueryParts, kRows = Config::kQueries / kParts;
+    bool failed = false;
     for (int part = 0; part < kParts; ++part) {
       ptx::wait(shared.q_empty[part], q_place.parity ^ 1);
+      if constexpr (Config::kKeepsReference) {
+        unsigned& flag = shared.failed[q_place.parity][part];
+        failed |= flag != 0;
+        flag = 0;
+      }
       shared.plan[q_place.parity][part] = plan;
-      if (plan.first_query < 0) {
+      if (plan.kind >= TilePlan::kIdle) {
         ptx::arrive(shared.q_full[part]);
         continue;
       }
@@ -53,22 +71,36 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
                         plan.first_query + part * kRows, plan.head, plan.batch);
     }
     q_place.advance();
+    return failed;
   };
 
   const int items = item_count(params.grid);
+  constexpr int kNone = -1;
+  int last = kNone, before = kNone;  // items that may have to be done again: the last one, and the one before it
+  int again = kNone;                 // has to be
   for (int item = blockIdx.x;;) {
-    TilePlan plan{.first_query = -1};
-    int next_item = item + static_cast<int>(gridDim.x);
-    if (item < items) {
+    TilePlan plan{.kind = TilePlan::kEnd};
+    int next_item = item, trusted = kNone;
+    if (Config::kKeepsReference && again != kNone) {
+      plan = plan_item<Config>(params.grid, again);
+      plan.kind = TilePlan::kCareful;
+    } else if (item < items) {
       // Asked for early: the answer takes a while, and is not needed before this tile's last load.
+      next_item = item + static_cast<int>(gridDim.x);
       if (params.next_item != nullptr) next_item = static_cast<int>(gridDim.x + atomicAdd(params.next_item, 1u));
       plan = plan_item<Config>(params.grid, item);
+      plan.kind = keeps_reference<T, Config>() ? TilePlan::kSteady : TilePlan::kCareful;
+      if (keeps_reference<T, Config>()) trusted = item;
+    } else if (last != kNone || before != kNone) {
+      plan.kind = TilePlan::kIdle;
     }
-    if (plan.first_query >= 0 && plan.steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
-    load_queries(plan);
-    if (plan.first_query < 0) return;
-    for (int step = 0; step < plan.steps; ++step) {
-      if (step + 1 < plan.steps) load_k(plan, step + 1);
+    const int steps = plan.kind >= TilePlan::kIdle ? 0 : plan.steps;
+    if (steps > 0) load_k(plan, 0);  // ahead of Q, whose buffer is still in use
+    again = load_queries(plan) ? before : kNone;
+    before = last, last = trusted;
+    if (plan.kind == TilePlan::kEnd) return;
+    for (int step = 0; step < steps; ++step) {
+      if (step + 1 < steps) load_k(plan, step + 1);
       load_v(plan, step);
     }
     item = next_item;

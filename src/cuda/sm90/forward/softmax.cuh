@@ -61,6 +61,40 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kCount], const floa
   }
 }
 
+// The same for one row when its maximum so far stays the reference: probabilities may exceed 1.
+template <int kCount>
+__device__ __forceinline__ void exponentiate_kept(float (&scores)[kCount], int row, RowState& state, float scale_log2) {
+  const float shift = state.max[row] * scale_log2;
+  float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    float& score = scores[4 * (i / 2) + 2 * row + i % 2];
+    score = exp2_fast(fmaf(score, scale_log2, -shift));
+    sums[i % 2] += score;
+  }
+  state.sum[row] += sums[0] + sums[1];
+}
+
+// Never true of sums that are of use, and nothing happens if it is: a branch on the sum, over which the assembler moves
+// none of the exponentials that it is made of.
+__device__ __forceinline__ void stay_before(float sum) {
+  asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %0, 0f7E967699;\n@p nanosleep.u32 1;\n}\n" ::"f"(sum) : "memory");
+}
+
+// Whether this thread's part of a row came out wrong because its reference was kept. What the probabilities may add up
+// to without a closer look leaves out no more of float32's range than probabilities of at most 1 do.
+template <int kCount>
+__device__ __forceinline__ bool reference_failed(const RowState& state, const float (&out)[kCount], int row,
+                                                 int key_count) {
+  constexpr float kMost = 0x1p64f;
+  if (state.max[row] == -INFINITY) return true;  // every key so far had a score of -inf
+  if (state.sum[row] <= 0.25f * static_cast<float>(key_count)) return false;
+  float probe = 0.0f;  // NaN where out is not finite
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) probe = fmaf(out[4 * (i / 2) + 2 * row + i % 2], 0.0f, probe);
+  return !(state.sum[row] <= kMost) || probe != 0.0f;
+}
+
 template <int kCount>
 __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&correction)[2]) {
 #pragma unroll

@@ -25,7 +25,12 @@ struct TileGrid {
 
 // What the producer tells the consumers about a tile of queries: which key blocks it meets.
 struct TilePlan {
-  int first_query, head, batch;  // head counts within the batch; first_query < 0: no more work
+  // kSteady: references are kept (see ForwardTile). kCareful: the running maximum is followed everywhere. kIdle:
+  // nothing to do, so that the producer learns whether the tiles before went well. kEnd: no more work.
+  enum Kind : int { kSteady, kCareful, kIdle, kEnd };
+
+  Kind kind;
+  int first_query, head, batch;  // head counts within the batch
   int key_head, pack_heads;      // pack_heads: those of the pack that exist
   int part;                      // where the partial result goes, or kWhole
   int key_count;                 // keys of this batch entry
@@ -150,7 +155,7 @@ constexpr int block_of_step(const TilePlan& plan, int step) {
 // What one consumer's 64 rows do in their tile.
 struct StripPlan {
   int first_step;            // steps before it hold no key that these rows see
-  int full_begin, full_end;  // blocks in [full_begin, full_end) are seen whole by every row
+  int full_begin, full_end;  // blocks in [full_begin, full_end) are seen whole, and not first, by every row
 };
 
 template <typename Config>
@@ -165,7 +170,7 @@ constexpr StripPlan plan_strip(const TileGrid& grid, const TilePlan& plan, int c
   const int block_end = static_cast<int>((of_last.end + kKeys - 1) / kKeys);
   return {.first_step = clamp_int(plan.block_end - block_end, 0, plan.window_steps),
           .full_begin = static_cast<int>((of_last.begin + kKeys - 1) / kKeys),
-          .full_end = static_cast<int>(of_first.end / kKeys)};
+          .full_end = static_cast<int>((of_first.end - 1) / kKeys)};
 }
 
 // Entries [sink_end, begin) and [end, ...) of a run of keys are hidden; all relative to its first key.
