@@ -32,7 +32,7 @@ __device__ __forceinline__ RowResult finish_row(const RowState& state, int row, 
 
 // This thread's part of a float32 row of dim_v columns. Four threads write 32 bytes of it together.
 template <typename Config>
-__device__ __forceinline__ void write_row(float* to, const float (&out)[Config::kDim / 2], float inverse, int row,
+__device__ __forceinline__ void write_row(float* to, const float (&out)[Config::kOut], float inverse, int row,
                                           int dim_v) {
 #pragma unroll
   for (int j = 0; j < Config::kDim / 8; ++j)
@@ -44,7 +44,7 @@ __device__ __forceinline__ void write_row(float* to, const float (&out)[Config::
 // tile_row is this thread's upper row in the tile. A row that saw no key becomes 0, its lse -inf.
 template <typename T, typename Config>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TilePlan& plan, int tile_row,
-                                           const float (&out)[Config::kDim / 2], const RowState& state) {
+                                           const float (&out)[Config::kOut], const RowState& state) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
 // The same for a part of a tile's keys: float32, to the workspace.
 template <typename Config>
 __device__ __forceinline__ void store_part(const ForwardParams& params, const TilePlan& plan, int tile_row,
-                                           const float (&out)[Config::kDim / 2], const RowState& state) {
+                                           const float (&out)[Config::kOut], const RowState& state) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

@@ -7,6 +7,7 @@
 #include <array>
 #include <cfloat>
 #include <cstring>
+#include <type_traits>
 
 #include "common/scratch.h"
 #include "cuda/common/call.h"
@@ -21,14 +22,15 @@ namespace {
 
 using Args = adaattn_forward_args;
 
-// Up to so many keys a row smaller steps pay (docs/performance.md): more where the diagonal or a window's edge cuts
-// steps of float16 at D of 128.
+// Up to so many keys a row smaller steps pay at D of 128, more where the diagonal or a window's edge cuts steps.
+// Measured (docs/performance.md): under a causal mask they gain 5 to 10 % up to 2,048 keys and lose 2 % at 8,192;
+// float16 gains 2 % at 1,024 keys without a mask, too.
 constexpr std::int64_t kFineKeys = 1024, kFineKeysAtEdges = 4096;
 
-// Each use of the kernel, by a function that calls visit with the configuration that a problem takes.
+// Each use of the kernel, by a function that calls visit with the configuration that a problem of elements T takes.
 template <typename Config64, typename Config128, typename Config256>
 struct ByHeadSize {
-  template <typename Visitor>
+  template <typename T, typename Visitor>
   static void with_config(const Args& args, const Visitor& visit) {
     const std::int64_t dim = dim_of(args);
     if (dim <= 64) return visit(Config64{});
@@ -56,17 +58,29 @@ std::int64_t keys_in_sight(const Args& args) {
 
 struct Usual {
   static constexpr char kName[] = "sm90_forward";
-  template <typename Visitor>
+  template <typename T, typename Visitor>
   static void with_config(const Args& args, const Visitor& visit) {
     const std::int64_t dim = dim_of(args);
     if (dim > 128) return visit(Dim256{});
-    const std::int64_t keys = keys_in_sight(args);
-    if (dim <= 64) return keys <= kFineKeys ? visit(Dim64Fine{}) : visit(Dim64{});
-    if (args.q.dtype == ADAATTN_FLOAT16 && keys > (tiles_differ(args) ? kFineKeysAtEdges : kFineKeys))
-      return visit(HalfDim128{});
-    visit(Dim128{});
+    const bool edges = tiles_differ(args), fine = keys_in_sight(args) <= (edges ? kFineKeysAtEdges : kFineKeys);
+    if constexpr (std::is_same_v<T, __half>) {
+      if (dim <= 64) return visit(Half64{});
+      return fine ? visit(Half128Fine{}) : visit(Half128{});
+    } else {
+      if (dim <= 64) return visit(Dim64{});
+      return fine && edges ? visit(Dim128Edges{}) : visit(Dim128{});
+    }
   }
 };
+
+// Calls visit with the element type and the configuration.
+template <typename Use, typename Visitor>
+void with_instance(const Args& args, const Visitor& visit) {
+  const auto of_element = [&]<typename T>(T element) {
+    Use::template with_config<T>(args, [&]<typename Config>(Config config) { visit(element, config); });
+  };
+  args.q.dtype == ADAATTN_BFLOAT16 ? of_element(__nv_bfloat16{}) : of_element(__half{});
+}
 
 MaskView view_of(const adaattn_tensor& mask, std::int32_t dtype) {
   MaskView view{};
@@ -141,7 +155,7 @@ template <typename Use>
 std::size_t workspace(const Args& args) {
   if (!has_elements(args.out)) return 0;
   Scratch scratch(nullptr);
-  Use::with_config(args, [&]<typename Config>(Config) {
+  with_instance<Use>(args, [&]<typename T, typename Config>(T, Config) {
     lay_out<Config>(args, make_grid<Config>(args, current_device().multiprocessors), scratch);
   });
   return scratch.bytes();
@@ -150,11 +164,7 @@ std::size_t workspace(const Args& args) {
 template <typename Use>
 void run(const Args& args) {
   if (!has_elements(args.out)) return;
-  Use::with_config(args, [&]<typename Config>(Config) {
-    if constexpr (!std::is_same_v<Config, HalfDim128>)
-      if (args.q.dtype == ADAATTN_BFLOAT16) return launch<__nv_bfloat16, Config>(args);
-    launch<__half, Config>(args);
-  });
+  with_instance<Use>(args, [&]<typename T, typename Config>(T, Config) { launch<T, Config>(args); });
 }
 
 template <typename Use>
@@ -207,7 +217,7 @@ bool has_few_rows(const Args& args) {
   const std::int64_t group = args.q.shape[1] / args.k.shape[1], nq = args.q.shape[2];
   if (nq * group <= 64 || (group > 1 && nq <= 32)) return true;
   std::int64_t tiles = 0;
-  Usual::with_config(args, [&]<typename Config>(Config) {
+  with_instance<Usual>(args, [&]<typename T, typename Config>(T, Config) {
     tiles = args.q.shape[0] * args.q.shape[1] * ((nq + Config::kQueries - 1) / Config::kQueries);
   });
   return 2 * tiles <= multiprocessors();

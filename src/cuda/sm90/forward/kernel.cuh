@@ -64,7 +64,7 @@ __device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2],
 
 // out += p v, with two terms out = p v, one group of products.
 template <typename T, typename Config>
-__device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2],
+__device__ __forceinline__ void start_output(float (&out)[Config::kOut],
                                              std::uint32_t (&p)[Config::kTerms * Config::kKeys / 4],
                                              ColumnMajor<Config> v) {
   using Pairs = TermPairs<Config>;
@@ -161,14 +161,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     };
     const float scale_log2 = Config::kMasks ? 1.0f : params.scale_log2;
     const auto give_queries_back = [&] { ptx::arrive(shared.q_empty[query_part]); };  // every thread of the consumer
-    float out[Config::kDim / 2];
+    float out[Config::kOut];
 #pragma unroll
     for (float& value : out) value = 0.0f;
     // With two terms each step's products add up from zero, and are added to out by instructions that round: the tensor
     // cores cut sums off, and over many steps that adds up. The correction is then applied a step later, in that
     // addition.
     constexpr bool kAddsSteps = Config::kTerms > 1;
-    float of_step[Config::kDim / 2];
+    float of_step[Config::kOut];
     auto& sums = choose<kAddsSteps>(of_step, out);
     RowState state;
     bool steady = false;  // whether references were kept
@@ -236,8 +236,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
         [[maybe_unused]] const float before[2] = {correction[0], correction[1]};
         constexpr bool kEarly = kSteady && Config::kHalfEarly;
         if constexpr (kEarly) {
-          exponentiate_kept(scores, 0, state, scale_log2);
-          stay_before(state.sum[0]);
+          const float sum = exponentiate_kept(scores, 0, state, scale_log2);
+          state.sum[0] += sum;
+          stay_before(sum);
         }
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sums);
@@ -247,8 +248,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
           values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
         if constexpr (kAddsSteps) rescale_and_add(out, before, of_step);
         if constexpr (kSteady) {
-          if constexpr (!kEarly) exponentiate_kept(scores, 0, state, scale_log2);
-          exponentiate_kept(scores, 1, state, scale_log2);
+          if constexpr (!kEarly) state.sum[0] += exponentiate_kept(scores, 0, state, scale_log2);
+          state.sum[1] += exponentiate_kept(scores, 1, state, scale_log2);
         } else {
           exponentiate<Config::kMasks>(scores, tops, state, correction, scale_log2);
           if constexpr (!kAddsSteps) rescale(out, correction);
@@ -280,6 +281,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     } else {
       give_queries_back();
     }
+    if constexpr (Config::kSumsByProducts)  // every thread of a row has all of its sum; a quarter each, as if added up
+      state.sum[0] = 0.25f * out[Config::kDim / 2], state.sum[1] = 0.25f * out[Config::kDim / 2 + 2];
     if constexpr (kKeeps)
       if (steady) {
         bool wrong = false;
@@ -319,6 +322,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
     ptx::publish_barriers();
     ptx::prefetch_map(params.q), ptx::prefetch_map(params.k), ptx::prefetch_map(params.v);
+  }
+  if constexpr (Config::kSumsByProducts) {
+    const std::uint32_t ones = pack<Factor<T>>(1.0f, 1.0f);
+    for (int i = threadIdx.x; i < Config::kStages * Config::kKeys * 8; i += Config::kThreads)
+      reinterpret_cast<uint4*>(shared.v[i / (Config::kKeys * 8)][Config::kStoredChunks])[i % (Config::kKeys * 8)] =
+          make_uint4(ones, ones, ones, ones);
+    ptx::fence_async_proxy();
   }
   // What combines the parts may be launched: it waits for them to be written.
   if constexpr (Config::kParts) asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");

@@ -61,9 +61,11 @@ __device__ __forceinline__ void exponentiate(float (&scores)[kCount], const floa
   }
 }
 
-// The same for one row when its maximum so far stays the reference: probabilities may exceed 1.
+// The same for one row when its maximum so far stays the reference: probabilities may exceed 1. Returns the sum of
+// these.
 template <int kCount>
-__device__ __forceinline__ void exponentiate_kept(float (&scores)[kCount], int row, RowState& state, float scale_log2) {
+__device__ __forceinline__ float exponentiate_kept(float (&scores)[kCount], int row, const RowState& state,
+                                                   float scale_log2) {
   const float shift = state.max[row] * scale_log2;
   float sums[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -72,7 +74,7 @@ __device__ __forceinline__ void exponentiate_kept(float (&scores)[kCount], int r
     score = exp2_fast(fmaf(score, scale_log2, -shift));
     sums[i % 2] += score;
   }
-  state.sum[row] += sums[0] + sums[1];
+  return sums[0] + sums[1];
 }
 
 // Never true of sums that are of use, and nothing happens if it is: a branch on the sum, over which the assembler moves
