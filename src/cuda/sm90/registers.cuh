@@ -49,4 +49,12 @@ __device__ __forceinline__ uint4 transpose_quad(const std::uint32_t (&words)[4],
   return high ? make_uint4(c, d, high0, high1) : make_uint4(low0, low1, c, d);
 }
 
+// Two lanes side by side hold their words of two pieces of four words; after it the even one holds its two and the odd
+// one's of the first piece, the odd one theirs of the second.
+__device__ __forceinline__ uint2 trade_pair(std::uint32_t first, std::uint32_t second, int lane) {
+  const bool odd = lane & 1;
+  const std::uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
+  return odd ? make_uint2(other, second) : make_uint2(first, other);
+}
+
 }  // namespace adaattn::cuda::sm90

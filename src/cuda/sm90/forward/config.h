@@ -30,9 +30,6 @@ struct ForwardTile {
   // reference (FlashDecoding++, arXiv 2311.01282, has one such for all rows). Where that goes wrong, the tile is done
   // again. With bfloat16 only: it has float32's range.
   bool keeps_reference = false;
-  // A column of ones beside v: the product with it is the sum of the rounded probabilities. Spares an instruction a
-  // score, and rounding cancels where few keys make up a row.
-  bool sums_by_products = false;
   // Half of the exponentials come before the wait for the product with V, not all after it. With kept references only.
   bool half_early = false;
 };
@@ -55,8 +52,6 @@ struct ForwardConfig {
   static_assert(kTerms == 1 || (kTerms == 2 && !kPacks && !kParts && !kMasks), "not written for two terms");
   static constexpr bool kKeepsReference = kTile.keeps_reference, kHalfEarly = kTile.half_early;
   static_assert(!kKeepsReference || (kOwnQueries && !kParts && !kMasks && kTerms == 1), "not written for these");
-  static constexpr bool kSumsByProducts = kTile.sums_by_products;
-  static constexpr int kOut = kDim / 2 + (kSumsByProducts ? 4 : 0);  // accumulators of a thread: 8 columns hold sums
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
   // number, a multiple of 8; one consumer alone with a producer has enough of them then.
@@ -74,7 +69,7 @@ struct ForwardShared {
   using Element = std::uint16_t;
   alignas(1024) Element q[Config::kStoredChunks][Config::kQueries][64];
   alignas(1024) Element k[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
-  alignas(1024) Element v[Config::kStages][Config::kStoredChunks + Config::kSumsByProducts][Config::kKeys][64];
+  alignas(1024) Element v[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
   std::uint64_t q_full[Config::kQueryParts], q_empty[Config::kQueryParts];  // q_full also guards the plan
   std::uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   std::uint64_t v_full[Config::kStages], v_empty[Config::kStages];

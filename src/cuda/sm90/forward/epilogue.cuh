@@ -1,4 +1,4 @@
-// From accumulators to global memory: divides by the row sums, and writes rows in pieces of 16 bytes.
+// From accumulators to global memory: divides by the row sums, and writes rows in pieces of 8 bytes.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ __device__ __forceinline__ float quad_sum(float value) {
 // scale_log2 turns the maxima of state to base 2.
 template <bool kStatistics>
 __device__ __forceinline__ RowResult finish_row(const RowState& state, int row, float sum, float scale_log2) {
-  RowResult result{.lse_log2 = sum == 0.0f ? -INFINITY : state.max[row] * scale_log2 + log2f(sum)};
+  RowResult result{.lse_log2 = sum == 0.0f ? -INFINITY : state.max[row] * scale_log2 + __log2f(sum)};
   if constexpr (kStatistics) {
     const float moment = quad_sum(state.moment[row]), entropy = kLn2 * (log2f(sum) - moment / sum);
     result.entropy = sum == 0.0f || entropy < 0.0f ? 0.0f : entropy;
@@ -32,7 +32,7 @@ __device__ __forceinline__ RowResult finish_row(const RowState& state, int row, 
 
 // This thread's part of a float32 row of dim_v columns. Four threads write 32 bytes of it together.
 template <typename Config>
-__device__ __forceinline__ void write_row(float* to, const float (&out)[Config::kOut], float inverse, int row,
+__device__ __forceinline__ void write_row(float* to, const float (&out)[Config::kDim / 2], float inverse, int row,
                                           int dim_v) {
 #pragma unroll
   for (int j = 0; j < Config::kDim / 8; ++j)
@@ -44,7 +44,7 @@ __device__ __forceinline__ void write_row(float* to, const float (&out)[Config::
 // tile_row is this thread's upper row in the tile. A row that saw no key becomes 0, its lse -inf.
 template <typename T, typename Config>
 __device__ __forceinline__ void store_tile(const ForwardParams& params, const TilePlan& plan, int tile_row,
-                                           const float (&out)[Config::kOut], const RowState& state) {
+                                           const float (&out)[Config::kDim / 2], const RowState& state) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
@@ -58,16 +58,14 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
       write_row<Config>(to, out, inverse, row, place.exists ? params.dim_v : 0);
     } else {
 #pragma unroll
-      for (int j = 0; j < Config::kDim / 32; ++j) {  // 32 columns: one piece of 8 a lane
-        std::uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 4 * (4 * j + i) + 2 * row;
-          words[i] = pack<T>(out[at] * inverse, out[at + 1] * inverse);
-        }
-        const uint4 piece = transpose_quad(words, lane);
-        const int column = 32 * j + 8 * (lane % 4);
-        if (place.exists && column < params.dim_v) *reinterpret_cast<uint4*>(to + column) = piece;
+      for (int j = 0; j < Config::kDim / 16; ++j) {  // 16 columns: 4 a lane, 32 bytes of a row side by side
+        const auto word = [&](int i) {
+          const int at = 4 * (2 * j + i) + 2 * row;
+          return pack<T>(out[at] * inverse, out[at + 1] * inverse);
+        };
+        const uint2 piece = trade_pair(word(0), word(1), lane);
+        const int column = 16 * j + 8 * (lane % 2) + 4 * (lane % 4 / 2);
+        if (place.exists && column < params.dim_v) *reinterpret_cast<uint2*>(to + column) = piece;
       }
     }
   }
@@ -76,7 +74,7 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
 // The same for a part of a tile's keys: float32, to the workspace.
 template <typename Config>
 __device__ __forceinline__ void store_part(const ForwardParams& params, const TilePlan& plan, int tile_row,
-                                           const float (&out)[Config::kOut], const RowState& state) {
+                                           const float (&out)[Config::kDim / 2], const RowState& state) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

@@ -22,10 +22,13 @@ namespace {
 
 using Args = adaattn_forward_args;
 
-// Up to so many keys a row smaller steps pay at D of 128, more where the diagonal or a window's edge cuts steps.
-// Measured (docs/performance.md): under a causal mask they gain 5 to 10 % up to 2,048 keys and lose 2 % at 8,192;
-// float16 gains 2 % at 1,024 keys without a mask, too.
-constexpr std::int64_t kFineKeys = 1024, kFineKeysAtEdges = 4096;
+// Up to so many keys a row smaller steps pay (docs/performance.md): more where the diagonal or a window's edge cuts
+// steps.
+struct FineKeys {
+  std::int64_t whole, at_edges;
+};
+constexpr FineKeys kFine64{.whole = 1024, .at_edges = 2048}, kFine128{.whole = 0, .at_edges = 4096},
+    kFineHalf{.whole = 1024, .at_edges = 4096};
 
 // Each use of the kernel, by a function that calls visit with the configuration that a problem of elements T takes.
 template <typename Config64, typename Config128, typename Config256>
@@ -62,13 +65,14 @@ struct Usual {
   static void with_config(const Args& args, const Visitor& visit) {
     const std::int64_t dim = dim_of(args);
     if (dim > 128) return visit(Dim256{});
-    const bool edges = tiles_differ(args), fine = keys_in_sight(args) <= (edges ? kFineKeysAtEdges : kFineKeys);
+    const std::int64_t keys = keys_in_sight(args);
+    const auto fine = [&](FineKeys most) { return keys <= (tiles_differ(args) ? most.at_edges : most.whole); };
     if constexpr (std::is_same_v<T, __half>) {
       if (dim <= 64) return visit(Half64{});
-      return fine ? visit(Half128Fine{}) : visit(Half128{});
+      return fine(kFineHalf) ? visit(Half128Fine{}) : visit(Half128{});
     } else {
-      if (dim <= 64) return visit(Dim64{});
-      return fine && edges ? visit(Dim128Edges{}) : visit(Dim128{});
+      if (dim <= 64) return fine(kFine64) ? visit(Dim64Fine{}) : visit(Dim64{});
+      return fine(kFine128) ? visit(Dim128Fine{}) : visit(Dim128{});
     }
   }
 };

@@ -4,6 +4,7 @@
 namespace adaattn::cuda::sm90 {
 
 template void launch_forward<__nv_bfloat16, Dim64>(const ForwardParams&, const ForwardLaunch&);
+template void launch_forward<__nv_bfloat16, Dim64Fine>(const ForwardParams&, const ForwardLaunch&);
 template void launch_forward<__half, Half64>(const ForwardParams&, const ForwardLaunch&);
 
 }  // namespace adaattn::cuda::sm90

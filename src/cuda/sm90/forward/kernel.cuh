@@ -64,7 +64,7 @@ __device__ __forceinline__ void start_scores(float (&scores)[Config::kKeys / 2],
 
 // out += p v, with two terms out = p v, one group of products.
 template <typename T, typename Config>
-__device__ __forceinline__ void start_output(float (&out)[Config::kOut],
+__device__ __forceinline__ void start_output(float (&out)[Config::kDim / 2],
                                              std::uint32_t (&p)[Config::kTerms * Config::kKeys / 4],
                                              ColumnMajor<Config> v) {
   using Pairs = TermPairs<Config>;
@@ -148,8 +148,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     const auto finish_scores = [&](float(&scores)[kKeys / 2], int step) {
       const int block = block_of_step(plan, step);
       const int first_key = block * kKeys + 2 * (ptx::thread_in_warpgroup() % 4);
-      const Visibility visibility = visibility_of(params.grid, plan.key_count);
       if constexpr (Config::kMasks) {
+        const Visibility visibility = visibility_of(params.grid, plan.key_count);
         const RowPlace rows[2] = {place_of_row<Config>(params.grid, plan, tile_row()),
                                   place_of_row<Config>(params.grid, plan, tile_row() + 8)};
         scale_and_mask<T>(scores, params, plan.batch, rows, visibility, first_key);
@@ -157,18 +157,18 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       if (block >= strip.full_begin && block < strip.full_end) return;
       const int queries[2] = {query_of_row<Config>(params.grid, plan.first_query, tile_row()),
                               query_of_row<Config>(params.grid, plan.first_query, tile_row() + 8)};
-      hide(scores, visibility, queries, first_key);
+      hide(scores, params.grid, plan.key_count, queries, first_key);
     };
     const float scale_log2 = Config::kMasks ? 1.0f : params.scale_log2;
     const auto give_queries_back = [&] { ptx::arrive(shared.q_empty[query_part]); };  // every thread of the consumer
-    float out[Config::kOut];
+    float out[Config::kDim / 2];
 #pragma unroll
     for (float& value : out) value = 0.0f;
     // With two terms each step's products add up from zero, and are added to out by instructions that round: the tensor
     // cores cut sums off, and over many steps that adds up. The correction is then applied a step later, in that
     // addition.
     constexpr bool kAddsSteps = Config::kTerms > 1;
-    float of_step[Config::kOut];
+    float of_step[Config::kDim / 2];
     auto& sums = choose<kAddsSteps>(of_step, out);
     RowState state;
     bool steady = false;  // whether references were kept
@@ -259,7 +259,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       // Steps in [full_begin, full_end) hide nothing: in a loop of their own, without a word about what is visible.
       // With two terms there are no registers for that, nor for tests made early.
       const bool apart = !Config::kMasks && Config::kTerms == 1 && (!kKeeps || plan.kind == TilePlan::kSteady);
-      const int full_begin = apart ? clamp_int(plan.block_end - strip.full_end, step, steps) : steps;
+      const int full_begin =
+          apart ? clamp_int(plan.block_end - (kKeeps ? strip.steady_end : strip.full_end), step, steps) : steps;
       const int full_end = most(full_begin, least(plan.block_end - strip.full_begin, plan.window_steps));
       steady = kKeeps && full_begin < full_end;
       for (int until = full_begin;; until = steps) {
@@ -281,8 +282,6 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     } else {
       give_queries_back();
     }
-    if constexpr (Config::kSumsByProducts)  // every thread of a row has all of its sum; a quarter each, as if added up
-      state.sum[0] = 0.25f * out[Config::kDim / 2], state.sum[1] = 0.25f * out[Config::kDim / 2 + 2];
     if constexpr (kKeeps)
       if (steady) {
         bool wrong = false;
@@ -322,13 +321,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
     ptx::publish_barriers();
     ptx::prefetch_map(params.q), ptx::prefetch_map(params.k), ptx::prefetch_map(params.v);
-  }
-  if constexpr (Config::kSumsByProducts) {
-    const std::uint32_t ones = pack<Factor<T>>(1.0f, 1.0f);
-    for (int i = threadIdx.x; i < Config::kStages * Config::kKeys * 8; i += Config::kThreads)
-      reinterpret_cast<uint4*>(shared.v[i / (Config::kKeys * 8)][Config::kStoredChunks])[i % (Config::kKeys * 8)] =
-          make_uint4(ones, ones, ones, ones);
-    ptx::fence_async_proxy();
   }
   // What combines the parts may be launched: it waits for them to be written.
   if constexpr (Config::kParts) asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");

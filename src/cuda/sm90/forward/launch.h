@@ -8,33 +8,23 @@
 namespace adaattn::cuda::sm90 {
 
 // bfloat16, which keeps references.
-using Dim64 = ForwardConfig<ForwardTile{.dim = 64,
-                                        .consumers = 4,
-                                        .keys = 64,
-                                        .stages = 4,
-                                        .own_queries = true,
-                                        .keeps_reference = true,
-                                        .sums_by_products = true}>;
+using Dim64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .keeps_reference = true}>;
+// Smaller steps waste less at the diagonal and at the end of a short sequence.
+using Dim64Fine = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 4, .keys = 64, .stages = 4, .own_queries = true, .keeps_reference = true}>;
 using Dim128 = ForwardConfig<ForwardTile{.dim = 128,
                                          .consumers = 2,
                                          .keys = 128,
                                          .stages = 2,
                                          .own_queries = true,
                                          .keeps_reference = true,
-                                         .sums_by_products = true,
                                          .half_early = true}>;
-// Smaller steps waste less at the diagonal.
-using Dim128Edges = ForwardConfig<ForwardTile{.dim = 128,
-                                              .consumers = 3,
-                                              .keys = 64,
-                                              .stages = 4,
-                                              .own_queries = true,
-                                              .keeps_reference = true,
-                                              .sums_by_products = true}>;
+using Dim128Fine = ForwardConfig<ForwardTile{
+    .dim = 128, .consumers = 3, .keys = 64, .stages = 4, .own_queries = true, .keeps_reference = true}>;
 // float16, whose range is too small for that.
 using Half64 = ForwardConfig<ForwardTile{.dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true}>;
 using Half128 = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2, .own_queries = true}>;
-// Smaller steps waste less at the diagonal and at the end of a short sequence.
 using Half128Fine =
     ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true}>;
 using Dim256 = ForwardConfig<ForwardTile{.dim = 256, .consumers = 2, .keys = 80, .stages = 2, .own_queries = true}>;

@@ -113,16 +113,20 @@ __device__ __forceinline__ void rescale_and_add(float (&out)[kCount], const floa
 
 // Hides what the queries of this thread's two rows do not see; first_key is the key of scores[0].
 template <int kCount>
-__device__ __forceinline__ void hide(float (&scores)[kCount], const Visibility& visibility, const int (&queries)[2],
-                                     int first_key) {
-  const bool left_limited = visibility.left < kUnlimited;
+__device__ __forceinline__ void hide(float (&scores)[kCount], const TileGrid& grid, int key_count,
+                                     const int (&queries)[2], int first_key) {
+  const bool left = limited_left(grid);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const HiddenKeys hidden = hidden_keys(visibility, queries[row], first_key);
+    HiddenKeys hidden{};
+    if (left)
+      hidden = hidden_keys(visibility_of(grid, key_count), queries[row], first_key);
+    else
+      hidden.end = seen_end(grid, key_count, queries[row]) - first_key;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i)
       if (8 * (i / 2) + i % 2 >= hidden.end) scores[4 * (i / 2) + 2 * row + i % 2] = -INFINITY;
-    if (!left_limited) continue;
+    if (!left) continue;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       const int key = 8 * (i / 2) + i % 2;

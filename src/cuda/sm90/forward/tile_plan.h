@@ -63,6 +63,15 @@ constexpr Visibility visibility_of(const TileGrid& grid, int key_count) {
   return visibility;
 }
 
+// Where the keys that a query sees end; nothing limits them to the left. What 64 bits would take is in each tile's
+// chain.
+constexpr int seen_end(const TileGrid& grid, int key_count, int query) {
+  if (grid.visibility.right >= 1 << 30) return key_count;  // fewer tokens than that
+  const int diagonal = grid.bottom_right ? key_count - grid.query_count : static_cast<int>(grid.visibility.diagonal);
+  return clamp_int(query + diagonal + static_cast<int>(grid.visibility.right) + 1, 0, key_count);
+}
+constexpr bool limited_left(const TileGrid& grid) { return grid.visibility.left < kUnlimited; }
+
 // Which query of which head a row of a tile is.
 struct RowPlace {
   int head, query;
@@ -155,7 +164,8 @@ constexpr int block_of_step(const TilePlan& plan, int step) {
 // What one consumer's 64 rows do in their tile.
 struct StripPlan {
   int first_step;            // steps before it hold no key that these rows see
-  int full_begin, full_end;  // blocks in [full_begin, full_end) are seen whole, and not first, by every row
+  int full_begin, full_end;  // blocks in [full_begin, full_end) are seen whole by every row
+  int steady_end;            // of those before it each row has seen a key of a block visited earlier
 };
 
 template <typename Config>
@@ -164,13 +174,21 @@ constexpr StripPlan plan_strip(const TileGrid& grid, const TilePlan& plan, int c
   const int first = query_of_row<Config>(grid, plan.first_query, 64 * consumer);
   int last = least(query_of_row<Config>(grid, plan.first_query, 64 * consumer + 63), grid.query_count - 1);
   if (Config::kPacks) last = least(last, plan.first_query + grid.pack_tokens - 1);
-  if (first > last) return {.first_step = plan.steps, .full_begin = 0, .full_end = 0};
+  if (first > last) return {.first_step = plan.steps, .full_begin = 0, .full_end = 0, .steady_end = 0};
+  if (!limited_left(grid)) {
+    const int end = seen_end(grid, plan.key_count, first), last_end = seen_end(grid, plan.key_count, last);
+    return {.first_step = clamp_int(plan.block_end - divide_up(last_end, kKeys), 0, plan.window_steps),
+            .full_begin = 0,
+            .full_end = end / kKeys,
+            .steady_end = (end - 1) / kKeys};
+  }
   const Visibility visibility = visibility_of(grid, plan.key_count);
   const KeyRange of_first = visible_keys(visibility, first, first), of_last = visible_keys(visibility, last, last);
   const int block_end = static_cast<int>((of_last.end + kKeys - 1) / kKeys);
   return {.first_step = clamp_int(plan.block_end - block_end, 0, plan.window_steps),
           .full_begin = static_cast<int>((of_last.begin + kKeys - 1) / kKeys),
-          .full_end = static_cast<int>((of_first.end - 1) / kKeys)};
+          .full_end = static_cast<int>(of_first.end / kKeys),
+          .steady_end = static_cast<int>((of_first.end - 1) / kKeys)};
 }
 
 // Entries [sink_end, begin) and [end, ...) of a run of keys are hidden; all relative to its first key.
