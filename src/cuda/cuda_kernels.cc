@@ -11,6 +11,7 @@
 #include "cuda/sm90/backward/backward.h"
 #include "cuda/sm90/float32/float32.h"
 #include "cuda/sm90/forward/forward.h"
+#include "cuda/sm90/int8/int8.h"
 
 namespace adaattn::cuda {
 namespace {
@@ -72,6 +73,8 @@ std::span<const ForwardKernel> forward_kernels() {
     const auto hopper_float32 = sm90::float32_rows();
     all.insert(all.end(), hopper_float32.begin(), hopper_float32.end());
     all.push_back(kForwardSimt);
+    const auto bytes = sm90::int8_rows();
+    all.insert(all.end(), bytes.begin(), bytes.end());
     return all;
   }();
   return rows;

@@ -121,6 +121,18 @@ def float32() -> None:
         check(2, 4, 200, keys=(2, 333), dim=dim, dtype=f32, mask=mask, **statistics)
 
 
+def byte_scores() -> None:
+    """The 8-bit kernel, with its pre-pass."""
+    for dim in (40, 64, 128):
+        for dtype in (torch.bfloat16, torch.float16):
+            options = {"dim": dim, "dtype": dtype, "kernel": b"sm90_int8"}
+            check(2, 4, 200, keys=(2, 1100), **options)
+            check(2, 3, 257, causal=1, **options)
+            check(1, 70, 300, keys=(70, 130), causal=1, alignment=1, **options)
+            check(1, 1, 500, keys=(1, 600), window_left=100, window_right=0, sinks=4, **options)
+            check(2, 2, 130, key_lengths=torch.tensor([130, 33]).cuda(), **options)
+
+
 def main() -> None:
     """Runs them; compute-sanitizer judges."""
     for dim in (64, 128, 256):
@@ -158,6 +170,7 @@ def main() -> None:
     instances()
     warp_products()
     float32()
+    byte_scores()
     print("done")
 
 

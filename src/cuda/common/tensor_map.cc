@@ -94,4 +94,17 @@ CUtensorMap make_packed_tensor_map(const adaattn_tensor& tensor, int group, int 
   return encode(tensor, size, stride, box);
 }
 
+CUtensorMap make_byte_map(const void* data, std::int64_t rows, std::int64_t row_bytes, int box_rows, int box_bytes) {
+  const cuuint64_t size[2] = {unsigned_of(row_bytes), unsigned_of(rows)}, stride[1] = {unsigned_of(row_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes), static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
+  CUtensorMap map;
+  const CUresult result = encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), size, stride, box,
+                                    step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                    box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw StatusError(ADAATTN_INTERNAL_ERROR, concat("cuTensorMapEncodeTiled failed with CUresult ", int{result}));
+  return map;
+}
+
 }  // namespace adaattn::cuda

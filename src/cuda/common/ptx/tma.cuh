@@ -25,6 +25,12 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barri
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
 }
 
+// The same of a [row, byte] map.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int byte, int row) {
+  const std::int32_t at[2] = {byte, row};
+  ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
+}
+
 // Copies bytes, a multiple of 16, between addresses on 16 bytes.
 __device__ __forceinline__ void load_bytes(void* to, const void* from, std::uint32_t bytes, Barrier& barrier) {
   ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, from, bytes, &barrier);
