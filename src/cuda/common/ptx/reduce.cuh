@@ -1,4 +1,4 @@
-// Matrices from registers to shared memory, and sums into global memory.
+// Matrices from registers to shared memory, and sums from there into global memory.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,21 @@ __device__ __forceinline__ void add_to_global(float* to, const float* from, std:
                : "memory");
   asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
+// to[i] = from[i] in the same way.
+__device__ __forceinline__ void copy_to_global(float* to, const float* from, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(to),
+               "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(from))), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
 // Until this thread's groups have read their sources, or are done altogether.
 __device__ __forceinline__ void wait_sources_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void wait_copies_done() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
+
+// The same but for the last kPending groups.
+template <int kPending>
+__device__ __forceinline__ void wait_older_sources_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
+}
 
 }  // namespace adaattn::cuda::ptx

@@ -14,6 +14,13 @@ __device__ __forceinline__ int thread_in_warpgroup() {
   return thread % kWarpgroupThreads;
 }
 
+// True in one lane of a whole warp.
+__device__ __forceinline__ bool is_elected() {
+  std::uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  return elected != 0;
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

@@ -14,6 +14,14 @@
 namespace adaattn::cuda::sm90 {
 namespace {
 
+// From so many steps of 128 keys on, the kernel with a warpgroup for dQ is faster at D 64 (docs/performance.md).
+bool splits(const adaattn_backward_args& args) {
+  constexpr std::int64_t kFewestQueries = 2048;
+  const bool one_block = args.k.shape[2] <= SplitDim64::kKeys;
+  return dim_of(args) <= 64 && args.options.deterministic == 0 && !one_block &&
+         args.q.shape[2] * (args.q.shape[1] / std::max<std::int64_t>(1, args.k.shape[1])) >= kFewestQueries;
+}
+
 // Calls visit with the configuration that the problem takes, as a value of an empty type.
 template <typename Visitor>
 void with_config(const adaattn_backward_args& args, const Visitor& visit) {
@@ -23,16 +31,35 @@ void with_config(const adaattn_backward_args& args, const Visitor& visit) {
     else
       visit(BackwardDim128<kOrdered>{});
   };
-  if (args.options.deterministic != 0)
+  if (splits(args))
+    visit(SplitDim64{});
+  else if (args.options.deterministic != 0)
     with_order.template operator()<true>();
   else
     with_order.template operator()<false>();
 }
 
+// Whether one block of 128 keys makes all of dQ, and each tile of it.
+bool is_one_block(const adaattn_backward_args& args) {
+  const std::int64_t key_count = args.k.shape[2];
+  const Visibility visibility = make_visibility(args.options, args.q.shape[2], key_count);
+  return key_count > 0 && key_count <= 128 && args.key_lengths == nullptr && visibility.left == kUnlimited &&
+         visibility.diagonal + visibility.right >= 0;
+}
+
+// Whether the main kernel's blocks round dQ, each key head's last one its group's. That costs no pass over the sums,
+// but the end waits for one multiprocessor to round one group: about 10 ns a query.
+bool finishes_itself(const adaattn_backward_args& args) {
+  constexpr std::int64_t kManyHeads = 64, kFewRows = 512;
+  if (!has_elements(args.q) || !has_elements(args.k)) return false;
+  return args.k.shape[0] * args.k.shape[1] > kManyHeads ||
+         args.q.shape[1] / args.k.shape[1] * args.q.shape[2] <= kFewRows;
+}
+
 struct Arrays {
-  float *rows, *dq;
-  unsigned* order;
-  std::size_t zeroed_bytes;  // from dq on: the sums, and the order's counters
+  float *rows, *sums;
+  unsigned *order, *finished;
+  std::size_t order_bytes;
 };
 
 template <typename Config>
@@ -42,10 +69,12 @@ Arrays lay_out(const adaattn_backward_args& args, Scratch& scratch) {
       heads * static_cast<std::size_t>((args.q.shape[2] + Config::kQueries - 1) / Config::kQueries);
   Arrays arrays{};
   arrays.rows = scratch.take<float>(tiles * 2 * Config::kQueries);
-  const std::size_t before = scratch.bytes();
-  arrays.dq = scratch.take<float>(tiles * Config::kQueries * Config::kDim);
-  if (Config::kOrdered) arrays.order = scratch.take<unsigned>(1 + 2 * tiles);
-  arrays.zeroed_bytes = scratch.bytes() - before;
+  arrays.sums = scratch.take<float>(tiles * Config::kQueries * Config::kDim);
+  if (finishes_itself(args)) arrays.finished = scratch.take<unsigned>(heads);
+  if (Config::kOrdered) {
+    arrays.order = scratch.take<unsigned>(1 + 2 * tiles);
+    arrays.order_bytes = (1 + 2 * tiles) * sizeof(unsigned);
+  }
   return arrays;
 }
 
@@ -61,7 +90,7 @@ int heads_at_once(const adaattn_backward_args& args) {
 }
 
 template <typename Config>
-BackwardParams main_params(const adaattn_backward_args& args, const Arrays& arrays) {
+BackwardParams params_of(const adaattn_backward_args& args, const Arrays& arrays) {
   BackwardParams params{};
   // Without queries or keys no block of them is ever copied, but the kernel's parameters need some map.
   const adaattn_tensor& some = has_elements(args.q) ? args.q : args.k;
@@ -71,15 +100,24 @@ BackwardParams main_params(const adaattn_backward_args& args, const Arrays& arra
   params.q = map(args.q, Config::kQueries);
   params.k = map(args.k, Config::kKeys);
   params.v = map(args.v, Config::kKeys);
-  params.dout = map(args.dout, Config::kQueries);
+  params.dout_blocks = map(args.dout, Config::kQueries);
+  params.out = args.out.data;
+  params.dout = args.dout.data;
+  std::copy_n(args.out.stride, 3, params.out_stride);
+  std::copy_n(args.dout.stride, 3, params.dout_stride);
+  params.lse = args.lse;
   params.rows = arrays.rows;
-  params.dq = arrays.dq;
+  params.sums = arrays.sums;
+  params.dq = args.dq.data;
   params.dk = args.dk.data;
   params.dv = args.dv.data;
+  std::copy_n(args.dq.stride, 3, params.dq_stride);
   std::copy_n(args.dk.stride, 3, params.dk_stride);
   std::copy_n(args.dv.stride, 3, params.dv_stride);
   params.key_lengths = args.key_lengths;
   params.order = arrays.order;
+  params.finished = arrays.finished;
+  params.adds = !is_one_block(args);
   params.scale = static_cast<float>(scale_of(args));
   params.scale_log2 = static_cast<float>(scale_of(args) * 1.4426950408889634);
   params.batch = static_cast<int>(args.q.shape[0]);
@@ -95,29 +133,6 @@ BackwardParams main_params(const adaattn_backward_args& args, const Arrays& arra
   params.query_tiles = (params.query_count + Config::kQueries - 1) / Config::kQueries;
   params.heads_at_once = heads_at_once(args);
   return params;
-}
-
-template <typename Config>
-RowParams row_params(const adaattn_backward_args& args, const Arrays& arrays, const BackwardParams& params) {
-  RowParams rows{};
-  rows.out = args.out.data;
-  rows.dout = args.dout.data;
-  std::copy_n(args.out.stride, 3, rows.out_stride);
-  std::copy_n(args.dout.stride, 3, rows.dout_stride);
-  rows.lse = args.lse;
-  rows.rows = arrays.rows;
-  rows.dq_sums = arrays.dq;
-  rows.dq = args.dq.data;
-  std::copy_n(args.dq.stride, 3, rows.dq_stride);
-  rows.scale = params.scale;
-  rows.batch = params.batch;
-  rows.heads = params.heads;
-  rows.query_count = params.query_count;
-  rows.query_tiles = params.query_tiles;
-  rows.tile_queries = Config::kQueries;
-  rows.dim = params.dim;
-  rows.dim_v = params.dim_v;
-  return rows;
 }
 
 }  // namespace
@@ -156,13 +171,12 @@ void backward(const adaattn_backward_args& args) {
   with_config(args, [&]<typename Config>(Config) {
     Scratch scratch(args.workspace);
     const Arrays arrays = lay_out<Config>(args, scratch);
-    const BackwardParams params = main_params<Config>(args, arrays);
-    const RowParams rows = row_params<Config>(args, arrays, params);
-    if (arrays.zeroed_bytes > 0) ADAATTN_CUDA_CHECK(cudaMemsetAsync(arrays.dq, 0, arrays.zeroed_bytes, stream));
+    const BackwardParams params = params_of<Config>(args, arrays);
+    if (Config::kOrdered) ADAATTN_CUDA_CHECK(cudaMemsetAsync(arrays.order, 0, arrays.order_bytes, stream));
     if (args.q.dtype == ADAATTN_BFLOAT16)
-      launch_backward<__nv_bfloat16, Config>(params, rows, stream);
+      launch_backward<__nv_bfloat16, Config>(params, stream);
     else
-      launch_backward<__half, Config>(params, rows, stream);
+      launch_backward<__half, Config>(params, stream);
   });
 }
 

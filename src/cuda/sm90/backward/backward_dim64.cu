@@ -1,13 +1,17 @@
 // Head sizes up to 64.
+#include "cuda/sm90/backward/kernel.cuh"
 #include "cuda/sm90/backward/launch.cuh"
 
 namespace adaattn::cuda::sm90 {
 
-template void launch_backward<__nv_bfloat16, BackwardDim64<false>>(const BackwardParams&, const RowParams&,
-                                                                   cudaStream_t);
-template void launch_backward<__nv_bfloat16, BackwardDim64<true>>(const BackwardParams&, const RowParams&,
-                                                                  cudaStream_t);
-template void launch_backward<__half, BackwardDim64<false>>(const BackwardParams&, const RowParams&, cudaStream_t);
-template void launch_backward<__half, BackwardDim64<true>>(const BackwardParams&, const RowParams&, cudaStream_t);
+template <typename T, typename Config>
+void launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  launch_around<T, Config, sizeof(BackwardShared<Config>)>(backward_kernel<T, Config>, params, stream);
+}
+
+template void launch_backward<__nv_bfloat16, BackwardDim64<false>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__nv_bfloat16, BackwardDim64<true>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__half, BackwardDim64<false>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__half, BackwardDim64<true>>(const BackwardParams&, cudaStream_t);
 
 }  // namespace adaattn::cuda::sm90

@@ -25,6 +25,23 @@ struct BackwardConfig {
   static constexpr int kThreads = 384;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kSharedQueries = kQueries * kDim / 128;  // rows of dQ (64 columns each) that a consumer makes
+  static constexpr int kAdders = 2;                             // threads that add to dQ
+};
+
+// The same keys, but a warpgroup makes dQ alone and has one thread copy; the consumers do not meet (split.cuh). Its
+// registers are what the launch gives three warpgroups, 504 a thread of each, less the consumers' ones.
+template <int kDim_, int kQueries_>
+struct SplitConfig {
+  static constexpr int kDim = kDim_, kQueries = kQueries_;
+  static constexpr bool kOrdered = false;
+  static constexpr int kKeys = 128;
+  static constexpr int kStages = 3;
+  static constexpr int kChunks = kDim / 64;
+  static constexpr int kThreads = 384;
+  static constexpr int kSumsRegisters = 88, kConsumerRegisters = 208;
+  static constexpr int kSharedQueries = kQueries * kDim / 128;
+  static constexpr int kAdders = 1;
+  static_assert(kChunks == 1, "dQ of all queries and 64 columns is one product");
 };
 
 // What one block of threads does: all queries of one key head's group that see its keys.
@@ -49,19 +66,43 @@ struct BackwardShared {
   std::uint64_t k_full, v_full;
   std::uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   std::uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
-  std::uint64_t dq_full[2], dq_empty[2];
+  std::uint64_t dq_full[2], dq_empty[2], all_added;
+  bool last_adder;  // of the key head: the block rounds dQ
+  KeyPlan plan;
+};
+
+template <typename Config>
+struct SplitShared {
+  using Element = std::uint16_t;
+  alignas(1024) Element k[Config::kChunks][Config::kKeys][64];
+  alignas(1024) Element v[Config::kChunks][Config::kKeys][64];
+  alignas(1024) Element q[Config::kStages][Config::kChunks][Config::kQueries][64];
+  alignas(1024) Element dout[Config::kStages][Config::kChunks][Config::kQueries][64];
+  alignas(1024) Element ds[2][Config::kKeys / 64][Config::kQueries][64];
+  alignas(128) float dq[Config::kQueries * Config::kDim];  // in the order of registers
+  alignas(16) float rows[Config::kStages][2][Config::kQueries];
+  std::uint64_t k_full, v_full;
+  std::uint64_t q_full[Config::kStages], dout_full[Config::kStages], empty[Config::kStages];
+  std::uint64_t ds_empty[2], all_added;
+  bool last_adder;
   KeyPlan plan;
 };
 
 struct BackwardParams {
-  CUtensorMap q, k, v, dout;  // [batch, head, token, dim], boxes of 64 columns
-  const float* rows;          // [batch, heads, query_tiles, 2, kQueries]: lse / ln 2 and delta of each query
-  float* dq;                  // [batch, heads, query_tiles, 2, ...]: sums in the order of the consumers' registers
-  void *dk, *dv;              // [batch, key_heads, key_count, dim or dim_v]
-  std::int64_t dk_stride[3], dv_stride[3];
+  CUtensorMap q, k, v, dout_blocks;  // [batch, head, token, dim], boxes of 64 columns
+  const void *out, *dout;            // [batch, heads, query_count, dim_v]
+  std::int64_t out_stride[3], dout_stride[3];
+  const float* lse;  // [batch, heads, query_count]
+  float* rows;       // [batch, heads, query_tiles, 2, kQueries]: lse / ln 2 and delta of each query
+  float* sums;       // [batch, heads, query_tiles, 2, ...]: dQ / scale in the order of the consumers' registers
+  void *dq, *dk, *dv;
+  std::int64_t dq_stride[3], dk_stride[3], dv_stride[3];
   const std::int64_t* key_lengths;  // [batch] or null
-  unsigned* order;                  // null, or what makes the sums for dQ deterministic: a ticket counter, then
-                                    // how many blocks have added, [batch, heads, query_tiles, 2]
+  unsigned* order;                  // null, or what makes the sums deterministic: a ticket counter, then how many
+                                    // blocks have added, [batch, heads, query_tiles, 2]
+  unsigned* finished;               // [batch, key_heads]: adders that are done, the last of which has dQ rounded; or
+                                    // null, if another kernel does that
+  bool adds;                        // false if one block of keys makes all of dQ: nothing to zero or to add to
   float scale, scale_log2;          // scale / ln 2
   int batch, heads, group;          // group: query heads on one key head
   int query_count, key_count, dim, dim_v;

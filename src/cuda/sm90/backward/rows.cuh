@@ -1,14 +1,16 @@
-// What the backward pass does once per query row: before the main kernel delta and lse, after it the rounding of dQ.
+// What the backward pass does once per query row: before the main kernel delta and lse, and, where the main kernel does
+// not, the rounding of dQ after it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "cuda/sm90/backward/config.h"
-#include "cuda/sm90/backward/launch.h"
-#include "cuda/sm90/registers.cuh"
+#include "cuda/sm90/backward/query_gradient.cuh"
 
 namespace adaattn::cuda::sm90 {
+
+constexpr int kPrepareThreads = 256;
 
 template <typename T>
 __device__ __forceinline__ float2 unpack(std::uint32_t two) {
@@ -18,84 +20,79 @@ __device__ __forceinline__ float2 unpack(std::uint32_t two) {
     return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(two));
 }
 
-// 16 lanes a row: delta = rowsum(dO O) and lse / ln 2. A row that sees no key, or does not exist, gets +inf for its
-// lse, which makes its probabilities 0.
 template <typename T>
-__global__ void prepare_rows_kernel(const RowParams params) {
-  const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 16;
-  const int lane = threadIdx.x % 16;
-  const std::int64_t rows_per_head = static_cast<std::int64_t>(params.query_tiles) * params.tile_queries;
-  const std::int64_t head = row / rows_per_head;
-  if (head >= static_cast<std::int64_t>(params.batch) * params.heads) return;  // whole groups of 16 lanes
-  const int query = static_cast<int>(row % rows_per_head);
-  const std::int64_t b = head / params.heads, h = head % params.heads;
-  float delta = 0.0f;
-  if (query < params.query_count && lane * 8 < params.dim_v) {
-    const auto load = [&](const void* data, const std::int64_t(&stride)[3]) {
-      return *reinterpret_cast<const uint4*>(static_cast<const T*>(data) + b * stride[0] + h * stride[1] +
-                                             query * stride[2] + lane * 8);
-    };
-    const uint4 out = load(params.out, params.out_stride), dout = load(params.dout, params.dout_stride);
-    const std::uint32_t outs[4] = {out.x, out.y, out.z, out.w}, douts[4] = {dout.x, dout.y, dout.z, dout.w};
+__device__ __forceinline__ float dot_piece(const uint4& a, const uint4& b) {
+  const std::uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 a = unpack<T>(outs[i]), c = unpack<T>(douts[i]);
-      delta = fmaf(a.y, c.y, fmaf(a.x, c.x, delta));
-    }
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = unpack<T>(as[i]), y = unpack<T>(bs[i]);
+    sum = fmaf(x.y, y.y, fmaf(x.x, y.x, sum));
   }
-  const unsigned group = 0xFFFFu << (threadIdx.x % 32 / 16 * 16);
-  for (int distance = 8; distance > 0; distance /= 2) delta += __shfl_xor_sync(group, delta, distance);
-  if (lane != 0) return;
-  float lse = INFINITY;
-  if (query < params.query_count) {
-    constexpr float kLog2e = 1.4426950408889634f;
-    const float given = params.lse[head * params.query_count + query];
-    if (given != -INFINITY) lse = given * kLog2e;
-  }
-  const std::int64_t tile = row / params.tile_queries;
-  float* to = params.rows + tile * 2 * params.tile_queries + query % params.tile_queries;
-  to[0] = lse;
-  to[params.tile_queries] = delta;
+  return sum;
 }
 
-// dq = scale * sums, from the order of the consumers' registers: a thread has 16 columns of two queries.
+// One tile of queries a block of threads, 8 elements a lane: delta = rowsum(dO O) and lse / ln 2. A row that sees no
+// key, or does not exist, gets +inf for its lse, which makes its probabilities 0. Zeroes the tile's sums for dQ, too,
+// and the counters of its head. Last tiles first: the main kernel finds what it begins with in the L2 cache.
 template <typename T, typename Config>
-__global__ void finish_dq_kernel(const RowParams params) {
-  // The index within a tile: consumer, 8 queries, warp, column of the quad; see QueryGradient and ptx/wgmma.cuh.
-  constexpr int kEights = Config::kSharedQueries / 8, kPerTile = 2 * kEights * 16;
-  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::int64_t tile = at / kPerTile, head = tile / params.query_tiles;
-  if (head >= static_cast<std::int64_t>(params.batch) * params.heads) return;
-  const int piece = static_cast<int>(at % kPerTile), column = piece % 4, warp = piece / 4 % 4;
-  const int eight = piece / 16 % kEights, consumer = piece / 16 / kEights;
+__global__ void __launch_bounds__(kPrepareThreads, 3)
+    prepare_rows_kernel(const __grid_constant__ BackwardParams params) {
+  constexpr int kLanes = Config::kDim / 8, kRowsAtOnce = kPrepareThreads / kLanes;
+  constexpr int kRounds = Config::kQueries / kRowsAtOnce, kTileFloats = Config::kQueries * Config::kDim;
+  static_assert(kRounds * kRowsAtOnce == Config::kQueries && kTileFloats % (4 * kPrepareThreads) == 0);
+  const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int head = tile / params.query_tiles, b = head / params.heads, h = head % params.heads;
+  const int row = thread / kLanes, lane = thread % kLanes;
+  const int first_query = tile % params.query_tiles * Config::kQueries + row;
 
-  const float4* from = reinterpret_cast<const float4*>(params.dq_sums) +
-                       ((2 * tile + consumer) * kEights + eight) * 128 + 32 * warp + column;
-  float4 parts[8];  // of each of 8 neighbouring columns, and 8 further on: two queries
+  if (params.adds) {
+    float4* sums = reinterpret_cast<float4*>(params.sums + std::int64_t{tile} * kTileFloats) + thread;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) parts[i] = from[4 * i];
-  const int first_column = 64 * (Config::kChunks == 1 ? 0 : consumer) + 16 * warp;
-  const int first_query = static_cast<int>(tile % params.query_tiles) * Config::kQueries + 8 * eight + 2 * column +
-                          (Config::kChunks == 1 ? consumer * Config::kSharedQueries : 0);
-  const std::int64_t b = head / params.heads, h = head % params.heads;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (first_query + i >= params.query_count) break;
-    T* to = static_cast<T*>(params.dq) + b * params.dq_stride[0] + h * params.dq_stride[1] +
-            (first_query + i) * params.dq_stride[2] + first_column;
-    std::uint32_t words[8];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float4 &a = parts[2 * j], &c = parts[2 * j + 1];
-      words[j] = pack<T>((i ? a.y : a.x) * params.scale, (i ? c.y : c.x) * params.scale);
-      words[4 + j] = pack<T>((i ? a.w : a.z) * params.scale, (i ? c.w : c.z) * params.scale);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (first_column + 8 * half < params.dim)
-        reinterpret_cast<uint4*>(to)[half] =
-            make_uint4(words[4 * half], words[4 * half + 1], words[4 * half + 2], words[4 * half + 3]);
+    for (int i = 0; i < kTileFloats / 4 / kPrepareThreads; ++i)
+      sums[i * kPrepareThreads] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
+  const auto place = [&](const void* data, const std::int64_t(&stride)[3]) {
+    return static_cast<const T*>(data) + b * stride[0] + h * stride[1] + first_query * stride[2] + lane * 8;
+  };
+  const T* const from_out = place(params.out, params.out_stride);
+  const T* const from_dout = place(params.dout, params.dout_stride);
+  uint4 out[kRounds], dout[kRounds];
+  float lse[kRounds];
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    out[i] = dout[i] = make_uint4(0, 0, 0, 0);
+    lse[i] = -INFINITY;
+    if (lane == 0 && first_query + i * kRowsAtOnce < params.query_count)
+      lse[i] = params.lse[std::int64_t{head} * params.query_count + first_query + i * kRowsAtOnce];
+    if (first_query + i * kRowsAtOnce < params.query_count && lane * 8 < params.dim_v) {
+      out[i] = *reinterpret_cast<const uint4*>(from_out + i * kRowsAtOnce * params.out_stride[2]);
+      dout[i] = *reinterpret_cast<const uint4*>(from_dout + i * kRowsAtOnce * params.dout_stride[2]);
+    }
+  }
+  if (params.finished != nullptr && thread == 0 && tile % params.query_tiles == 0 && head % params.group == 0)
+    params.finished[head / params.group] = 0;
+
+  float* const to = params.rows + std::int64_t{tile} * 2 * Config::kQueries + row;
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    float delta = dot_piece<T>(out[i], dout[i]);
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, distance);
+    if (lane != 0) continue;
+    constexpr float kLog2e = 1.4426950408889634f;
+    to[i * kRowsAtOnce] = lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2e;
+    to[i * kRowsAtOnce + Config::kQueries] = delta;
+  }
+}
+
+// One tile a block of threads, last tiles first: those are in the L2 cache still.
+template <typename T, typename Config>
+__global__ void __launch_bounds__(DqPiece<T, Config>::kPerTile)
+    finish_dq_kernel(const __grid_constant__ BackwardParams params) {
+  const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  DqPiece<T, Config> piece;
+  piece.load(params, tile, static_cast<int>(threadIdx.x));
+  piece.store(params, tile, static_cast<int>(threadIdx.x));
 }
 
 }  // namespace adaattn::cuda::sm90
