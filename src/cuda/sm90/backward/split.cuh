@@ -111,7 +111,8 @@ __device__ __forceinline__ void multiply(const BackwardParams& params, SplitShar
 }
 
 template <typename T, typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) split_kernel(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    split_backward_kernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<SplitShared<Config>*>(memory);
   if (threadIdx.x == 0) {

@@ -6,7 +6,7 @@ namespace adaattn::cuda::sm90 {
 
 template <typename T, typename Config>
 void launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  launch_around<T, Config, sizeof(SplitShared<Config>)>(split_kernel<T, Config>, params, stream);
+  launch_around<T, Config, sizeof(SplitShared<Config>)>(split_backward_kernel<T, Config>, params, stream);
 }
 
 template void launch_backward<__nv_bfloat16, SplitDim64>(const BackwardParams&, cudaStream_t);
