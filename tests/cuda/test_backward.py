@@ -146,6 +146,70 @@ def test_windows(dim, left, right, sinks, bottom_right, deterministic):
     assert_right(got, reference.gradients(q, k, v, dout, seen), BF16)
 
 
+# Where sm_90a has a kernel of its own: D to 64, 2,048 queries or more on a key head. 70 heads: their blocks round dQ.
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 2, 2, 2048, 700), {}),
+        ((1, 2, 2, 2048, 2048), {"causal": 1}),
+        ((1, 8, 2, 600, 1000), {"causal": 1, "alignment": 1}),
+        ((1, 8, 2, 1000, 600), {"causal": 1, "alignment": 1}),
+        ((1, 70, 70, 2050, 260), {"causal": 1}),
+        ((2, 1, 1, 2100, 129), {}),
+        ((1, 2, 1, 1500, 1700), {"window_left": 300, "window_right": 64}),
+        ((1, 2, 1, 1500, 1700), {"causal": 1, "window_left": 130, "sinks": 140}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("dim", [40, 64])
+def test_many_queries(shape, options, dtype, dim):
+    b, hq, hk, nq, nk = shape
+    q, dout = (tensor(b, hq, nq, dim, dtype=dtype) for _ in range(2))
+    k, v = (tensor(b, hk, nk, dim, dtype=dtype) for _ in range(2))
+    names = {"causal": "causal", "alignment": "bottom_right", "window_left": "left", "window_right": "right"}
+    words = {names.get(name, name): value for name, value in options.items()}
+    seen = reference.visible(nq, nk, **words)
+    assert_right(run(q, k, v, dout, seen=seen, **options), reference.gradients(q, k, v, dout, seen), dtype)
+
+
+@pytest.mark.parametrize("heads", [2, 70])
+def test_many_queries_key_lengths_hide_even_nan(heads):
+    lengths, nq, nk = [0, 1, 63, 200, 330], 2048, 330
+    q, dout = (tensor(len(lengths), heads, nq, 64, dtype=BF16) for _ in range(2))
+    k, v = (tensor(len(lengths), heads, nk, 64, dtype=BF16) for _ in range(2))
+    seen = torch.zeros(len(lengths), 1, nq, nk, dtype=torch.bool, device="cuda")
+    for i, n in enumerate(lengths):
+        seen[i, 0, :, :n] = True
+    truth = reference.gradients(q, k, v, dout, seen)
+    out, lse = reference.attention(q, k, v, seen)
+    for i, n in enumerate(lengths):
+        k[i, :, n:] = math.nan
+        v[i, :, n:] = math.nan
+    gradients = tuple(torch.full_like(t, math.nan) for t in (q, k, v))
+    options = {"kernel": Chosen.name.encode(), "key_lengths": torch.tensor(lengths, device="cuda")}
+    Backward(q, k, v, out.to(BF16), lse.float(), dout, gradients, **options)()
+    assert_right(gradients, truth, BF16)
+
+
+@pytest.mark.parametrize("heads", [1, 70])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("nq", "nk"), [(700, 100), (700, 300)])
+def test_twice_in_one_workspace(heads, dim, nq, nk):
+    """What a call leaves behind in its workspace does not matter to the next."""
+    q, dout = (tensor(2, heads, nq, dim, dtype=BF16) for _ in range(2))
+    k, v = (tensor(2, heads, nk, dim, dtype=BF16) for _ in range(2))
+    seen = reference.visible(nq, nk, causal=True)
+    out, lse = reference.attention(q, k, v, seen)
+    gradients = tuple(torch.empty_like(t) for t in (q, k, v))
+    call = Backward(q, k, v, out.to(BF16), lse.float(), dout, gradients, kernel=Chosen.name.encode(), causal=1)
+    truth = reference.gradients(q, k, v, dout, seen)
+    for _ in range(3):
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+        call()
+        assert_right(gradients, truth, BF16)
+
+
 # Tiles that see sinks but no window, or fewer sinks than there are: whoever counts them wrong waits forever.
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
@@ -211,8 +275,9 @@ def test_scales(scale):
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
-def test_nan_propagates(dim, where):
-    tensors = {name: tensor(1, 1, 300, dim, dtype=BF16) for name in ("q", "k", "v", "dout")}
+@pytest.mark.parametrize("tokens", [300, 2048])
+def test_nan_propagates(dim, where, tokens):
+    tensors = {name: tensor(1, 1, tokens, dim, dtype=BF16) for name in ("q", "k", "v", "dout")}
     tensors[where][0, 0, 123, 7] = math.nan
     got = run(*tensors.values())
     inputs = [t.double().requires_grad_() for t in list(tensors.values())[:3]]

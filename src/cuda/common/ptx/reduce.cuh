@@ -32,10 +32,4 @@ __device__ __forceinline__ void copy_to_global(float* to, const float* from, std
 __device__ __forceinline__ void wait_sources_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void wait_copies_done() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
-// The same but for the last kPending groups.
-template <int kPending>
-__device__ __forceinline__ void wait_older_sources_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
-}
-
 }  // namespace adaattn::cuda::ptx
