@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(memory);
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&params.q, &params.k, &params.v, &params.dout_blocks}) ptx::prefetch_map(*map);
     constexpr int kConsumerWarps = 8;
     ptx::init_barrier(shared.k_full, 1);
     ptx::init_barrier(shared.v_full, 1);

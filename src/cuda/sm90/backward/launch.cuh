@@ -14,7 +14,7 @@ void launch_around(void (*kernel)(BackwardParams), const BackwardParams& params,
   const auto tiles = static_cast<unsigned>(params.batch * params.heads * params.query_tiles);
   const auto blocks = static_cast<unsigned>(params.batch * (params.heads / params.group) * params.key_tiles);
   if (tiles > 0) {
-    prepare_rows_kernel<T, Config><<<tiles, kPrepareThreads, 0, stream>>>(params);
+    prepare_rows_kernel<T, Config><<<tiles, PrepareRows<Config>::kThreads, 0, stream>>>(params);
     ADAATTN_CUDA_CHECK(cudaGetLastError());
   }
   if (blocks > 0) {

@@ -10,8 +10,6 @@
 
 namespace adaattn::cuda::sm90 {
 
-constexpr int kPrepareThreads = 256;
-
 template <typename T>
 __device__ __forceinline__ float2 unpack(std::uint32_t two) {
   if constexpr (std::is_same_v<T, __half>)
@@ -32,15 +30,23 @@ __device__ __forceinline__ float dot_piece(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// One tile of queries a block of threads, 8 elements a lane: delta = rowsum(dO O) and lse / ln 2. A row that sees no
+// A lane takes 8 elements of each of four rows.
+template <typename Config>
+struct PrepareRows {
+  static constexpr int kLanes = Config::kDim / 8, kRounds = 4, kRowsAtOnce = Config::kQueries / kRounds;
+  static constexpr int kThreads = kRowsAtOnce * kLanes;
+  static_assert(kThreads % 32 == 0, "all lanes of a warp add up rows");
+};
+
+// One tile of queries a block of threads: delta = rowsum(dO O) and lse / ln 2. A row that sees no
 // key, or does not exist, gets +inf for its lse, which makes its probabilities 0. Zeroes the tile's sums for dQ, too,
 // and the counters of its head. Last tiles first: the main kernel finds what it begins with in the L2 cache.
 template <typename T, typename Config>
-__global__ void __launch_bounds__(kPrepareThreads, 3)
+__global__ void __launch_bounds__(PrepareRows<Config>::kThreads, 3)
     prepare_rows_kernel(const __grid_constant__ BackwardParams params) {
-  constexpr int kLanes = Config::kDim / 8, kRowsAtOnce = kPrepareThreads / kLanes;
-  constexpr int kRounds = Config::kQueries / kRowsAtOnce, kTileFloats = Config::kQueries * Config::kDim;
-  static_assert(kRounds * kRowsAtOnce == Config::kQueries && kTileFloats % (4 * kPrepareThreads) == 0);
+  constexpr int kLanes = PrepareRows<Config>::kLanes, kRounds = PrepareRows<Config>::kRounds;
+  constexpr int kRowsAtOnce = PrepareRows<Config>::kRowsAtOnce, kThreads = PrepareRows<Config>::kThreads;
+  constexpr int kTileFloats = Config::kQueries * Config::kDim;
   const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int head = tile / params.query_tiles, b = head / params.heads, h = head % params.heads;
   const int row = thread / kLanes, lane = thread % kLanes;
@@ -49,8 +55,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 3)
   if (params.adds) {
     float4* sums = reinterpret_cast<float4*>(params.sums + std::int64_t{tile} * kTileFloats) + thread;
 #pragma unroll
-    for (int i = 0; i < kTileFloats / 4 / kPrepareThreads; ++i)
-      sums[i * kPrepareThreads] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = 0; i < kTileFloats / 4 / kThreads; ++i) sums[i * kThreads] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
   const auto place = [&](const void* data, const std::int64_t(&stride)[3]) {
     return static_cast<const T*>(data) + b * stride[0] + h * stride[1] + first_query * stride[2] + lane * 8;

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<SplitShared<Config>*>(memory);
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&params.q, &params.k, &params.v, &params.dout_blocks}) ptx::prefetch_map(*map);
     ptx::init_barrier(shared.k_full, 1);
     ptx::init_barrier(shared.v_full, 1);
     for (int stage = 0; stage < Config::kStages; ++stage) {
