@@ -92,19 +92,31 @@ class Walk {
         const RowPlace place = place_of_row<Config>(grid_, plan, row);
         if (!place.exists) continue;
         ++tiles_of_row_[static_cast<std::size_t>(row_of(plan, place))];
-        for (int step = strip.first_step; step < plan.steps; ++step)
-          meet(plan, strip, place, block_of_step(plan, step));
+        int seen = 0;
+        for (int step = strip.first_step; step < plan.steps; ++step) {
+          const int block = block_of_step(plan, step);
+          // Where the kernel keeps a row's maximum so far, there is one.
+          if (step > strip.first_step && step < plan.window_steps && block >= strip.full_begin &&
+              block < strip.steady_end) {
+            ASSERT_GT(seen, 0);
+          }
+          meet(plan, strip, place, block, seen);
+        }
       }
     }
   }
 
-  void meet(const TilePlan& plan, const StripPlan& strip, const RowPlace& place, int block) {
+  void meet(const TilePlan& plan, const StripPlan& strip, const RowPlace& place, int block, int& seen) {
     const int first_key = block * Config::kKeys;
     const bool whole = block >= strip.full_begin && block < strip.full_end;
     const HiddenKeys hidden = hidden_keys(visibility_of(grid_, plan.key_count), place.query, first_key);
+    if (!limited_left(grid_)) {
+      ASSERT_EQ(seen_end(grid_, plan.key_count, place.query) - first_key, hidden.end);
+    }
     for (int key = 0; key < Config::kKeys; ++key) {
       if (!whole && (key >= hidden.end || (key < hidden.begin && key >= hidden.sink_end))) continue;
       ASSERT_LT(first_key + key, keys_);
+      ++seen;
       ++met_[static_cast<std::size_t>(row_of(plan, place) * keys_ + first_key + key)];
     }
   }
@@ -139,6 +151,8 @@ TEST(CudaPlan, MeetsEveryVisiblePairOnceWhateverIsPackedAndSplit) {
     const Problem problem = random_problem(random);
     const int multiprocessors = i % 3 == 0 ? 132 : i % 3 == 1 ? 7 : 40;
     check<Tile<192, 128, false, false>>(problem, multiprocessors);
+    check<Tile<192, 16, false, false>>(problem, multiprocessors);
+    check<Tile<256, 64, false, false>>(problem, multiprocessors);
     check<Tile<128, 176, false, true>>(problem, multiprocessors);
     check<Tile<64, 16, true, true>>(problem, multiprocessors);
     check<Tile<128, 32, true, true>>(problem, multiprocessors);
