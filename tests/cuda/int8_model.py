@@ -11,7 +11,7 @@ import math
 
 import torch
 
-TILE, MEAN_ROWS = 128, 64
+MEAN_ROWS = 64
 LEAST_SCALE = 2.0**-66
 
 
@@ -24,6 +24,11 @@ def byte_scale(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
 def to_bytes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Rounded values over scale, as float64 integers."""
     return (values.double() * (1 / scale).double()).round()
+
+
+def tile_keys(dim: int, value_dim: int) -> int:
+    """Keys that share a scale, by the head sizes of queries and of values."""
+    return 128 if max(dim, value_dim) <= 64 else 80
 
 
 def sampled_mean(k: torch.Tensor) -> torch.Tensor:
@@ -46,10 +51,11 @@ def head(
     centred = k.float() - mean
     k8 = torch.empty_like(centred, dtype=torch.float64)
     k_scale = torch.empty(nk, 1, dtype=torch.float32, device=k.device)
-    for first in range(0, nk, TILE):
-        part = centred[first : first + TILE]
-        k_scale[first : first + TILE] = byte_scale(part, (0, 1))
-        k8[first : first + TILE] = to_bytes(part, k_scale[first])
+    tile = tile_keys(q.shape[1], v.shape[1])
+    for first in range(0, nk, tile):
+        part = centred[first : first + tile]
+        k_scale[first : first + tile] = byte_scale(part, (0, 1))
+        k8[first : first + tile] = to_bytes(part, k_scale[first])
     scores = (q8 @ k8.T) * (q_scale.double() * scale) * k_scale.double().T
     scores = scores.masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(1)

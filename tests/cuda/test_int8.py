@@ -23,8 +23,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 UNIT = {BF16: 2**-8, FP16: 2**-11}
 POWERS = 8e-3
 # Against FP64: rounding to bytes errs by c / (127 sqrt(12)) of the rms, c being the largest value over the rms, 3 of
-# one query and 4.5 of 128 keys: 1.2e-2 together, and powers 0.6e-2. Where few keys are seen nothing averages: twice as
-# much.
+# one query and 4.5 of 80 or 128 keys: 1.2e-2 together, and powers 0.6e-2. Where few keys are seen nothing averages:
+# twice as much.
 LIMIT = 2.8e-2
 
 
@@ -89,6 +89,8 @@ SHAPES = [  # b, hq, hk, nq, nk
     (1, 8, 1, 1, 4097),
     (1, 1, 1, 300, 1),
     (1, 3, 3, 700, 2100),
+    (1, 2, 1, 192, 160),  # whole tiles of queries, and of 80 keys
+    (1, 2, 1, 193, 241),  # one more
 ]
 
 
@@ -126,7 +128,7 @@ def test_strides(layout):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("mode", ["full", "causal", "bottom_right"])
 def test_key_lengths_hide_even_nan(dim, mode):
-    lengths, nq, nk = [0, 1, 63, 128, 1200, 1300], 250, 1300
+    lengths, nq, nk = [0, 1, 63, 80, 81, 128, 129, 1200, 1300], 250, 1300
     q = tensor(len(lengths), 2, nq, dim)
     k, v = (tensor(len(lengths), 1, nk, dim) for _ in range(2))
     bottom, keys = mode == "bottom_right", torch.arange(nk, device="cuda")

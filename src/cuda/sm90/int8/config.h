@@ -16,18 +16,15 @@
 namespace adaattn::cuda::sm90 {
 
 struct Int8Tile {
-  int dim;                       // head size, padded with zeros to 64 or 128
-  int consumers;                 // warpgroups of 64 rows each
-  int keys;                      // keys of one step: 64 or 128
-  int stages;                    // K and V blocks in flight
-  bool turns = false;            // consumers start their products in turns
-  bool query_registers = false;  // queries' bytes stay in registers, not in shared memory
+  int dim;        // head size, padded with zeros to 64 or 128
+  int consumers;  // warpgroups of 64 rows each
+  int keys;       // keys of one step, which share a scale
+  int stages;     // K and V blocks in flight
 };
 
 template <Int8Tile kTile>
 struct Int8Config {
   static constexpr int kDim = kTile.dim, kConsumers = kTile.consumers, kKeys = kTile.keys, kStages = kTile.stages;
-  static constexpr bool kTakeTurns = kTile.turns, kQueryRegisters = kTile.query_registers;
   // One chunk of values more: ones, which sum the probabilities. 8 of its columns are multiplied.
   static constexpr int kChunks = kDim / 64, kStoredChunks = kChunks + 1;
   static constexpr int kOutputs = kDim / 2 + 4;  // accumulators a thread
@@ -47,6 +44,12 @@ struct alignas(16) KeyTile {
   float unused[2];
 };
 
+// Of a query: what its probabilities are relative to, and the score with the mean key, to base 2. Kept in shared
+// memory, for registers are scarce. The reference is NaN where the query, or a key of the head, is not finite.
+struct QueryRow {
+  float reference, shift;
+};
+
 constexpr float kMostExponent = 60.0f;
 
 template <typename Config>
@@ -55,6 +58,7 @@ struct Int8Shared {
   alignas(1024) std::uint8_t k[Config::kStages][Config::kKeys][Config::kDim];
   alignas(1024) std::uint16_t v[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
   alignas(128) KeyTile tile[Config::kStages];
+  QueryRow rows[Config::kConsumers][64];
   std::uint64_t plan_full[Config::kConsumers], plan_empty[Config::kConsumers];
   std::uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   std::uint64_t v_full[Config::kStages], v_empty[Config::kStages];

@@ -14,18 +14,19 @@ namespace adaattn::cuda::sm90 {
 // tile_row is this thread's upper row in the tile. A row that saw no key becomes 0, its lse -inf.
 template <typename Config>
 __device__ __forceinline__ void store_int8_tile(const Int8Params& params, const TilePlan& plan, int tile_row,
-                                                const float (&out)[Config::kOutputs], const RowScales& rows) {
+                                                const float (&out)[Config::kOutputs], const QueryRow (&rows)[64]) {
   constexpr float kLn2 = 0.693147180559945f;
   const int lane = threadIdx.x % 32;
   const std::int64_t head = static_cast<std::int64_t>(plan.batch) * params.grid.heads + plan.head;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int query = plan.first_query + tile_row + 8 * row;
+    const QueryRow& seen = rows[tile_row % 64 + 8 * row];
     const bool exists = query < params.grid.query_count;
     const float total = out[Config::kDim / 2 + 2 * row], inverse = total == 0.0f ? 0.0f : 1.0f / total;
     if (exists && lane % 4 == 0 && params.lse != nullptr)
       params.lse[head * params.grid.query_count + query] =
-          total == 0.0f ? -INFINITY : (rows.reference[row] + log2f(total) + rows.shift[row]) * kLn2;
+          total == 0.0f ? -INFINITY : (seen.reference + log2f(total) + seen.shift) * kLn2;
     std::uint16_t* to = static_cast<std::uint16_t*>(params.out) + plan.batch * params.out_stride[0] +
                         plan.head * params.out_stride[1] + query * params.out_stride[2];
 #pragma unroll

@@ -88,7 +88,6 @@ void launch(const Args& args) {
                   .key_lengths = args.key_lengths,
                   .padded_keys = padded_keys,
                   .dim = Config::kDim,
-                  .tile_keys = Config::kKeys,
                   .bfloat16 = bfloat16,
                   .key_mean = arrays.key_mean,
                   .k8 = arrays.k8,

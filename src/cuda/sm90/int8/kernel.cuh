@@ -17,25 +17,13 @@ using ByteRows = ptx::ByteOperand<Config::kDim>;  // q8 and k8
 template <typename Config>
 using Values = ptx::WgmmaOperand<Config::kKeys * 128>;
 
-// A consumer's queries: in registers or in shared memory.
-template <typename Config>
-struct Queries {
-  std::uint32_t words[Config::kQueryRegisters ? Config::kDim / 8 : 1];
-  ByteRows<Config> rows;
-};
-
 // sums = q8 k8^T, one group of products.
 template <typename Config>
-__device__ __forceinline__ void start_sums(int (&sums)[Config::kKeys / 2], const Queries<Config>& q,
-                                           ByteRows<Config> k) {
+__device__ __forceinline__ void start_sums(int (&sums)[Config::kKeys / 2], ByteRows<Config> q, ByteRows<Config> k) {
   ptx::pin_registers(sums);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Config::kDim / 32; ++i)
-    if constexpr (Config::kQueryRegisters)
-      ptx::wgmma_s8_rs(sums, q.words + 4 * i, k.at(32 * i), i > 0);
-    else
-      ptx::wgmma_s8_ss(sums, q.rows.at(32 * i), k.at(32 * i), i > 0);
+  for (int i = 0; i < Config::kDim / 32; ++i) ptx::wgmma_s8_ss(sums, q.at(32 * i), k.at(32 * i), i > 0);
   ptx::wgmma_commit();
 }
 
@@ -59,7 +47,7 @@ __device__ __forceinline__ void clear_tail(Int8Shared<Config>& shared, int stage
     for (int chunk = 0; chunk < Config::kChunks; ++chunk)
       reinterpret_cast<uint4*>(shared.v[stage][chunk])[i] = make_uint4(0, 0, 0, 0);
   ptx::fence_async_proxy();
-  ptx::barrier_sync(1 + 2 * Config::kConsumers, 128 * Config::kConsumers);
+  ptx::barrier_sync(1 + Config::kConsumers, 128 * Config::kConsumers);
 }
 
 // Meets the warpgroup at a named barrier.
@@ -76,19 +64,17 @@ __device__ __forceinline__ bool all_of_warpgroup(int barrier, bool value) {
 
 template <typename Config>
 __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Shared<Config>& shared, int consumer) {
-  constexpr int kKeys = Config::kKeys, kTurnThreads = 2 * ptx::kWarpgroupThreads;
-  const int turn = 1 + consumer, next_turn = 1 + (consumer + 1) % Config::kConsumers;
-  const int own_barrier = 1 + Config::kConsumers + consumer;
+  constexpr int kKeys = Config::kKeys;
+  const int own_barrier = 1 + consumer;
   const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
   const auto release = [&](ptx::Barrier& barrier) {
     __syncwarp();  // every lane read the scale that comes with a block
     if (ptx::thread_in_warpgroup() % 32 == 0) ptx::arrive(barrier);
   };
-  Queries<Config> q{.words = {}, .rows = ByteRows<Config>(address(shared.q[consumer]))};
+  const ByteRows<Config> q(address(shared.q[consumer]));
   ptx::RingPlace<Config::kStages> k_place, v_place;
   ptx::RingPlace<1> plan_place;
 
-  if (Config::kTakeTurns && consumer == Config::kConsumers - 1) ptx::barrier_arrive(next_turn, kTurnThreads);
   for (;;) {
     ptx::wait(shared.plan_full[consumer], plan_place.parity);
     const TilePlan& plan = shared.plan[plan_place.parity][consumer];  // registers are scarce
@@ -110,15 +96,19 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
     };
     const bool left_limited = params.grid.visibility.left < kUnlimited;
     ptx::barrier_sync(own_barrier, ptx::kWarpgroupThreads);  // the queries before are used
-    RowScales rows = quantize_queries<Config>(params, shared.q[consumer], plan, plan.first_query + 64 * consumer);
-    if constexpr (Config::kQueryRegisters)
-      load_queries<Config>(q.words, shared.q[consumer]);
-    else
-      ptx::fence_async_proxy();
+    QueryRow(&query_rows)[64] = shared.rows[consumer];
+    const RowScales rows =
+        quantize_queries<Config>(params, shared.q[consumer], query_rows, plan, plan.first_query + 64 * consumer);
+    const auto read_references = [&](float(&reference)[2]) {
+      reference[0] = query_rows[tile_row() % 64].reference, reference[1] = query_rows[tile_row() % 64 + 8].reference;
+    };
+    ptx::fence_async_proxy();
+    float reference[2];
+    read_references(reference);
     const bool by_products =
-        all_of_warpgroup(own_barrier, fmaxf(rows.reference[0], rows.reference[1]) <= kMostByProducts &&
-                                          rows.reference[0] == rows.reference[0] &&  // not NaN
-                                          rows.reference[1] == rows.reference[1] && plan.kind == TilePlan::kSteady);
+        all_of_warpgroup(own_barrier, fmaxf(reference[0], reference[1]) <= kMostByProducts &&
+                                          reference[0] == reference[0] && reference[1] == reference[1] &&  // not NaN
+                                          plan.kind == TilePlan::kSteady);
 
     float out[Config::kOutputs];
 #pragma unroll
@@ -152,10 +142,12 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
       for (int row = 0; row < 2; ++row) {
         tops[row] = fmaxf(tops[row], __shfl_xor_sync(0xFFFFFFFFu, tops[row], 1));
         tops[row] = fmaxf(tops[row], __shfl_xor_sync(0xFFFFFFFFu, tops[row], 2));
-        rows.reference[row] = tops[row] == -INFINITY ? 0.0f : tops[row];
+        reference[row] = tops[row] == -INFINITY ? 0.0f : tops[row];
+        if (ptx::thread_in_warpgroup() % 4 == 0) query_rows[tile_row() % 64 + 8 * row].reference = reference[row];
       }
+      __syncwarp();
     }
-    int addend[2] = {fixed_addend(rows.reference[0]), fixed_addend(rows.reference[1])};
+    int addend[2] = {fixed_addend(reference[0]), fixed_addend(reference[1])};
     ptx::pin_registers(addend);  // or they are computed anew each step
 
     if (plan.key_count < params.grid.key_count && plan.steps > 0)
@@ -164,7 +156,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         clear_tail(shared, v_place.stage, tail);
       }
 
-    // Blocks that only other consumers need: hand them and the turn on.
+    // Blocks that only other consumers need: hand them on.
     for (int step = 0; step < strip.first_step; ++step) {
       ptx::wait(shared.k_full[k_place.stage], k_place.parity);
       release(shared.k_empty[k_place.stage]);
@@ -172,10 +164,6 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
       release(shared.v_empty[v_place.stage]);
       v_place.advance();
-      if (Config::kTakeTurns && step + 1 < plan.steps) {
-        ptx::barrier_sync(turn, kTurnThreads);
-        ptx::barrier_arrive(next_turn, kTurnThreads);
-      }
     }
 
     if (strip.first_step < plan.steps) {
@@ -184,7 +172,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
       int step = strip.first_step + 1;
       {
         ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-        const RowFactors factors = row_factors(rows.scale, rows.reference, addend, shared.tile[k_place.stage].scale);
+        const RowFactors factors = row_factors(rows.scale, addend, shared.tile[k_place.stage].scale);
         start_sums<Config>(sums, q, ByteRows<Config>(address(shared.k[k_place.stage])));
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sums);
@@ -192,7 +180,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         k_place.advance();
         HiddenKeys hidden[2];
         find_hidden(strip.first_step, hidden);
-        exponentiate_and_hide(sums, factors, left_limited, hidden);
+        exponentiate_and_hide(sums, factors, reference, left_limited, hidden);
         pack_powers(p, sums);
       }
       // Tests whether the next blocks have come are made early, so that their answers are there when they are needed.
@@ -204,12 +192,10 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         const Values<Config> v(address(shared.v[v_place.stage]));
         if constexpr (kFinish) finish_powers(p, sums);
         if (!keys_came) ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-        if constexpr (Config::kTakeTurns) ptx::barrier_sync(turn, kTurnThreads);
         start_sums<Config>(sums, q, k);
         if (!values_came) ptx::wait(shared.v_full[v_place.stage], v_place.parity);
         start_values<Config>(out, p, v);
-        if constexpr (Config::kTakeTurns) ptx::barrier_arrive(next_turn, kTurnThreads);
-        const RowFactors factors = row_factors(rows.scale, rows.reference, addend, shared.tile[k_place.stage].scale);
+        const RowFactors factors = row_factors(rows.scale, addend, shared.tile[k_place.stage].scale);
         ptx::wgmma_wait<1>();
         ptx::pin_registers(sums);
         release(shared.k_empty[k_place.stage]);
@@ -218,7 +204,9 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         if constexpr (kHide) {
           HiddenKeys hidden[2];
           find_hidden(step, hidden);
-          exponentiate_and_hide(sums, factors, left_limited, hidden);
+          float relative_to[2];
+          read_references(relative_to);
+          exponentiate_and_hide(sums, factors, relative_to, left_limited, hidden);
         } else {
           start_powers(sums, factors);
         }
@@ -267,7 +255,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         continue;
       }
     }
-    store_int8_tile<Config>(params, plan, tile_row(), out, rows);
+    store_int8_tile<Config>(params, plan, tile_row(), out, query_rows);
   }
 }
 

@@ -8,8 +8,8 @@
 
 namespace adaattn::cuda::sm90 {
 
-using Int8Dim64 = Int8Config<Int8Tile{.dim = 64, .consumers = 3, .keys = 128, .stages = 4, .turns = true}>;
-using Int8Dim128 = Int8Config<Int8Tile{.dim = 128, .consumers = 2, .keys = 128, .stages = 3, .query_registers = true}>;
+using Int8Dim64 = Int8Config<Int8Tile{.dim = 64, .consumers = 3, .keys = 128, .stages = 4}>;
+using Int8Dim128 = Int8Config<Int8Tile{.dim = 128, .consumers = 3, .keys = 80, .stages = 4}>;
 
 template <typename Config>
 void launch_int8(const Int8Params& params, const ForwardLaunch& launch);

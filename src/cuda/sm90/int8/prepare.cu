@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/common/check.h"
+#include "cuda/sm90/int8/launch.h"
 #include "cuda/sm90/int8/prepare.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -16,10 +17,10 @@ void quantize_keys(const PrepareParams& params, cudaStream_t stream) {
 }  // namespace
 
 void launch_prepare(const PrepareParams& params, cudaStream_t stream) {
-  if (params.dim == 64 && params.tile_keys == 64) quantize_keys<64, 64>(params, stream);
-  if (params.dim == 64 && params.tile_keys == 128) quantize_keys<64, 128>(params, stream);
-  if (params.dim == 128 && params.tile_keys == 64) quantize_keys<128, 64>(params, stream);
-  if (params.dim == 128 && params.tile_keys == 128) quantize_keys<128, 128>(params, stream);
+  if (params.dim == 64)
+    quantize_keys<Int8Dim64::kDim, Int8Dim64::kKeys>(params, stream);
+  else
+    quantize_keys<Int8Dim128::kDim, Int8Dim128::kKeys>(params, stream);
   if (params.v16 == nullptr) return;
   const RowsView& v = params.v;
   const std::int64_t pieces = static_cast<std::int64_t>(params.batch) * v.heads * v.tokens * (v.dim / 8);

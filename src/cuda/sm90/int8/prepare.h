@@ -21,11 +21,11 @@ struct PrepareParams {
   int batch;
   const std::int64_t* key_lengths;  // [batch] or null
   int padded_keys;
-  int dim, tile_keys;  // 64 or 128: what heads are padded to, and keys that share a scale
+  int dim;  // what heads are padded to: 64 or 128
   bool bfloat16;
   float* key_mean;     // [batch, heads, dim]
   std::uint8_t* k8;    // [batch, heads, padded_keys, dim]
-  KeyTile* tiles;      // [batch, heads, padded_keys / tile_keys]
+  KeyTile* tiles;      // [batch, heads, padded_keys / keys that share a scale]
   std::uint16_t* v16;  // [batch, heads, tokens, v.dim]; null: values are taken as they are
 };
 

@@ -7,10 +7,9 @@
 
 namespace adaattn::cuda::sm90 {
 
-// Of a thread's two rows: what turns s x tile scale into a score to base 2, the reference, and the score with the mean
-// key. Reference and scale are NaN where a query, or a key of the head, is not finite.
+// Of a thread's two rows: what turns s x tile scale into a score to base 2. NaN where a query is not finite.
 struct RowScales {
-  float scale[2], reference[2], shift[2];
+  float scale[2];
 };
 
 // Where a byte of a consumer's queries lies, by the products' swizzle.
@@ -20,10 +19,11 @@ __device__ __forceinline__ std::uint32_t swizzled(std::uint32_t offset) {
 }
 
 // Two threads share a row: what a thread computes is of row thread / 2, what it returns of the rows that it has in
-// products. A warp writes the rows that are its own in products.
+// products. A warp writes the bytes, and what else is known of the queries, of the rows that are its own in products.
 template <typename Config>
 __device__ __forceinline__ RowScales quantize_queries(const Int8Params& params, std::uint8_t (&to)[64][Config::kDim],
-                                                      const TilePlan& plan, int first_query) {
+                                                      QueryRow (&query_rows)[64], const TilePlan& plan,
+                                                      int first_query) {
   constexpr int kPieces = Config::kDim / 16, kHalf = Config::kDim / 2;  // pieces of 8 elements, of half a row
   const int thread = ptx::thread_in_warpgroup(), row = thread / 2, half = thread % 2, lane = thread % 32;
   const int query = first_query + row;
@@ -83,33 +83,12 @@ __device__ __forceinline__ RowScales quantize_queries(const Int8Params& params, 
   const float to_log2 = fmaxf(scale * params.scale_log2, 0x1p-126f) + (scale - scale);
   const float bound = sqrtf(squares) * __uint_as_float(key_norm) * to_log2 * 1.00001f;  // Cauchy-Schwarz
   const float reference = bound <= kMostExponent ? 0.0f : bound - kMostExponent;
+  if (half == 0) query_rows[row] = {.reference = reference, .shift = shift * params.scale_log2};
+  __syncwarp();
   RowScales result;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int from_lane = 2 * (lane / 4) + 16 * i;
-    result.scale[i] = __shfl_sync(0xFFFFFFFFu, to_log2, from_lane);
-    result.reference[i] = __shfl_sync(0xFFFFFFFFu, reference, from_lane);
-    result.shift[i] = __shfl_sync(0xFFFFFFFFu, shift, from_lane) * params.scale_log2;
-  }
+  for (int i = 0; i < 2; ++i) result.scale[i] = __shfl_sync(0xFFFFFFFFu, to_log2, 2 * (lane / 4) + 16 * i);
   return result;
-}
-
-// This thread's share of its warp's queries as an operand in registers (see wgmma_bytes.cuh); the warp has written
-// them.
-template <typename Config>
-__device__ __forceinline__ void load_queries(std::uint32_t (&words)[Config::kDim / 8],
-                                             const std::uint8_t (&from)[64][Config::kDim]) {
-  const int thread = ptx::thread_in_warpgroup(), lane = thread % 32;
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&from[0][0]));
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < Config::kDim / 32; ++i) {
-    const std::uint32_t offset = (thread / 32 * 16 + lane % 16) * Config::kDim + 32 * i + lane / 16 * 16;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(words[4 * i]), "=r"(words[4 * i + 1]), "=r"(words[4 * i + 2]), "=r"(words[4 * i + 3])
-                 : "r"(base + swizzled<Config::kDim>(offset))
-                 : "memory");
-  }
 }
 
 }  // namespace adaattn::cuda::sm90

@@ -12,7 +12,7 @@ namespace adaattn::cuda::sm90 {
 
 // What turns a tile's sums into exponents, of a thread's two rows.
 struct RowFactors {
-  float factor[2], offset[2];    // fma(sum, factor, offset): for powers by the special-function unit
+  float factor[2];               // sum * factor - reference: for powers by the special-function unit
   int multiplier[2], addend[2];  // sum * multiplier + addend: for powers by products
 };
 
@@ -29,14 +29,12 @@ __device__ __forceinline__ int fixed_addend(float reference) {
   return __float2int_rn(fmaf(-reference, 8388608.0f, (127.0f * 128.0f - kTooLarge) * 65536.0f));
 }
 
-__device__ __forceinline__ RowFactors row_factors(const float (&scale)[2], const float (&reference)[2],
-                                                  const int (&addend)[2], float tile_scale) {
+__device__ __forceinline__ RowFactors row_factors(const float (&scale)[2], const int (&addend)[2], float tile_scale) {
   constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the rounded integer
   RowFactors f;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     f.factor[row] = scale[row] * tile_scale;
-    f.offset[row] = -reference[row];
     // factor * 2^23, at most 2^21
     f.multiplier[row] = __float_as_int(fmaf(f.factor[row], 8388608.0f, kRounds)) - __float_as_int(kRounds);
     f.addend[row] = addend[row];
@@ -66,12 +64,13 @@ __device__ __forceinline__ void finish_powers(std::uint32_t (&p)[kCount / 2], co
 
 // In place: sums become powers by the special-function unit, as floats; hidden ones 0.
 template <int kCount>
-__device__ __forceinline__ void exponentiate_and_hide(int (&sums)[kCount], const RowFactors& f, bool left_limited,
+__device__ __forceinline__ void exponentiate_and_hide(int (&sums)[kCount], const RowFactors& f,
+                                                      const float (&reference)[2], bool left_limited,
                                                       const HiddenKeys (&hidden)[2]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int row = i / 2 % 2, key = 8 * (i / 4) + i % 2;
-    const float power = exp2_fast(fmaf(static_cast<float>(sums[i]), f.factor[row], f.offset[row]));
+    const float power = exp2_fast(fmaf(static_cast<float>(sums[i]), f.factor[row], -reference[row]));
     sums[i] = key >= hidden[row].end ? 0 : __float_as_int(power);
   }
   if (!left_limited) return;
