@@ -14,11 +14,11 @@
 namespace adaattn::cuda::sm90 {
 namespace {
 
-// From so many steps of 128 keys on, the kernel with a warpgroup for dQ is faster at D 64 (docs/performance.md).
-bool splits(const adaattn_backward_args& args) {
+// From so many queries on a key head on, the forms whose consumers do not meet are faster (docs/performance.md).
+bool has_many_queries(const adaattn_backward_args& args) {
   constexpr std::int64_t kFewestQueries = 2048;
   const bool one_block = args.k.shape[2] <= SplitDim64::kKeys;
-  return dim_of(args) <= 64 && args.options.deterministic == 0 && !one_block &&
+  return !one_block &&
          args.q.shape[2] * (args.q.shape[1] / std::max<std::int64_t>(1, args.k.shape[1])) >= kFewestQueries;
 }
 
@@ -31,12 +31,16 @@ void with_config(const adaattn_backward_args& args, const Visitor& visit) {
     else
       visit(BackwardDim128<kOrdered>{});
   };
-  if (splits(args))
-    visit(SplitDim64{});
-  else if (args.options.deterministic != 0)
+  if (args.options.deterministic != 0)
     with_order.template operator()<true>();
-  else
+  else if (!has_many_queries(args))
     with_order.template operator()<false>();
+  else if (dim_of(args) <= 64)
+    visit(SplitDim64{});
+  else if (tiles_differ(args))
+    visit(LateDim128<true>{});
+  else
+    visit(LateDim128<false>{});
 }
 
 // Whether one block of 128 keys makes all of dQ, and each tile of it.
@@ -47,18 +51,9 @@ bool is_one_block(const adaattn_backward_args& args) {
          visibility.diagonal + visibility.right >= 0;
 }
 
-// Whether the main kernel's blocks round dQ, each key head's last one its group's. That costs no pass over the sums,
-// but the end waits for one multiprocessor to round one group: about 10 ns a query.
-bool finishes_itself(const adaattn_backward_args& args) {
-  constexpr std::int64_t kManyHeads = 64, kFewRows = 512;
-  if (!has_elements(args.q) || !has_elements(args.k)) return false;
-  return args.k.shape[0] * args.k.shape[1] > kManyHeads ||
-         args.q.shape[1] / args.k.shape[1] * args.q.shape[2] <= kFewRows;
-}
-
 struct Arrays {
   float *rows, *sums;
-  unsigned *order, *finished;
+  unsigned* order;
   std::size_t order_bytes;
 };
 
@@ -70,7 +65,6 @@ Arrays lay_out(const adaattn_backward_args& args, Scratch& scratch) {
   Arrays arrays{};
   arrays.rows = scratch.take<float>(tiles * 2 * Config::kQueries);
   arrays.sums = scratch.take<float>(tiles * Config::kQueries * Config::kDim);
-  if (finishes_itself(args)) arrays.finished = scratch.take<unsigned>(heads);
   if (Config::kOrdered) {
     arrays.order = scratch.take<unsigned>(1 + 2 * tiles);
     arrays.order_bytes = (1 + 2 * tiles) * sizeof(unsigned);
@@ -116,7 +110,6 @@ BackwardParams params_of(const adaattn_backward_args& args, const Arrays& arrays
   std::copy_n(args.dv.stride, 3, params.dv_stride);
   params.key_lengths = args.key_lengths;
   params.order = arrays.order;
-  params.finished = arrays.finished;
   params.adds = !is_one_block(args);
   params.scale = static_cast<float>(scale_of(args));
   params.scale_log2 = static_cast<float>(scale_of(args) * 1.4426950408889634);

@@ -11,7 +11,7 @@ namespace adaattn::cuda::sm90 {
 
 // One block of threads works on 128 keys: a producer warpgroup that copies, and two consumers of 64 keys each, which
 // visit the queries kQueries at a time. They split the product for dQ by head dimension, or by query if D is 64.
-template <int kDim_, int kQueries_, bool kEarlyValues_, bool kOrdered_>
+template <int kDim_, int kQueries_, bool kEarlyValues_, bool kOrdered_, bool kLate_ = false, bool kTurns_ = false>
 struct BackwardConfig {
   static constexpr int kDim = kDim_;  // head size, padded with zeros to 64 or 128
   static constexpr int kQueries = kQueries_;
@@ -19,13 +19,17 @@ struct BackwardConfig {
   static constexpr bool kEarlyValues = kEarlyValues_;
   // Adds to each tile of dQ in one order, so that the same inputs give the same bits.
   static constexpr bool kOrdered = kOrdered_;
+  // Makes dQ one step late, so that the consumers need not meet (handover.cuh).
+  static constexpr bool kLate = kLate_;
+  // The consumers start their products in turns.
+  static constexpr bool kTurns = kTurns_;
+  static_assert(kLate || !kTurns, "consumers that meet cannot take turns");
   static constexpr int kKeys = 128;
   static constexpr int kStages = 2;          // Q and dO blocks in flight
   static constexpr int kChunks = kDim / 64;  // a swizzled row of shared memory is 64 elements, 128 bytes
   static constexpr int kThreads = 384;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kSharedQueries = kQueries * kDim / 128;  // rows of dQ (64 columns each) that a consumer makes
-  static constexpr int kAdders = 2;                             // threads that add to dQ
 };
 
 // The same keys, but a warpgroup makes dQ alone and has one thread copy; the consumers do not meet (split.cuh). Its
@@ -40,7 +44,6 @@ struct SplitConfig {
   static constexpr int kThreads = 384;
   static constexpr int kSumsRegisters = 88, kConsumerRegisters = 208;
   static constexpr int kSharedQueries = kQueries * kDim / 128;
-  static constexpr int kAdders = 1;
   static_assert(kChunks == 1, "dQ of all queries and 64 columns is one product");
 };
 
@@ -66,8 +69,8 @@ struct BackwardShared {
   std::uint64_t k_full, v_full;
   std::uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   std::uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
-  std::uint64_t dq_full[2], dq_empty[2], all_added;
-  bool last_adder;  // of the key head: the block rounds dQ
+  std::uint64_t ds_full[2], ds_empty[2];  // where dQ is late
+  std::uint64_t dq_full[2], dq_empty[2];
   KeyPlan plan;
 };
 
@@ -83,8 +86,7 @@ struct SplitShared {
   alignas(16) float rows[Config::kStages][2][Config::kQueries];
   std::uint64_t k_full, v_full;
   std::uint64_t q_full[Config::kStages], dout_full[Config::kStages], empty[Config::kStages];
-  std::uint64_t ds_empty[2], all_added;
-  bool last_adder;
+  std::uint64_t ds_empty[2];
   KeyPlan plan;
 };
 
@@ -100,8 +102,6 @@ struct BackwardParams {
   const std::int64_t* key_lengths;  // [batch] or null
   unsigned* order;                  // null, or what makes the sums deterministic: a ticket counter, then how many
                                     // blocks have added, [batch, heads, query_tiles, 2]
-  unsigned* finished;               // [batch, key_heads]: adders that are done, the last of which has dQ rounded; or
-                                    // null, if another kernel does that
   bool adds;                        // false if one block of keys makes all of dQ: nothing to zero or to add to
   float scale, scale_log2;          // scale / ln 2
   int batch, heads, group;          // group: query heads on one key head

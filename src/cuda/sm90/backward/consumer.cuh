@@ -11,7 +11,13 @@
 
 namespace adaattn::cuda::sm90 {
 
-constexpr int kConsumerThreads = 256, kConsumerBarrier = 1;
+constexpr int kConsumerThreads = 256, kConsumerWarps = kConsumerThreads / 32, kConsumerBarrier = 1;
+
+// A warp's arrival, once all of it is there.
+__device__ __forceinline__ void release(ptx::Barrier& barrier) {
+  __syncwarp();
+  if (ptx::is_elected()) ptx::arrive(barrier);
+}
 
 // What lies in shared memory as operands; "columns" where the product's n runs along the head dimension.
 template <typename Config>

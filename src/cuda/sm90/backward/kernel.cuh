@@ -5,8 +5,8 @@
 //   S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q,
 //   dQ^T += K^T dS^T
 // dV and dK stay in registers. dQ^T needs the dS of both consumers, which meet in shared memory, from where the copy
-// engine adds it to sums in global memory. The next block's S^T starts before this block's dQ^T, so that its
-// exponentials have products to hide behind. The scale on dQ and dK is left to the end.
+// engine adds it to sums in global memory, at once or a step late (handover.cuh). The next block's S^T starts before
+// this step's dQ^T, so that its exponentials have products to hide behind. The scale on dQ and dK is left to the end.
 #pragma once
 
 #include "cuda/common/ptx/mbarrier.cuh"
@@ -15,6 +15,7 @@
 #include "cuda/common/ptx/warpgroup.cuh"
 #include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/backward/consumer.cuh"
+#include "cuda/sm90/backward/handover.cuh"
 #include "cuda/sm90/backward/query_gradient.cuh"
 #include "cuda/sm90/backward/schedule.cuh"
 
@@ -63,10 +64,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
   constexpr int kQueries = Config::kQueries;
   static_assert(Config::kStages == 2, "stage and parity are bits of the step");
   const KeyPlan& plan = shared.plan;  // stays in shared memory: registers are scarce
-  const auto release = [&](ptx::Barrier& barrier) {
-    __syncwarp();
-    if (ptx::is_elected()) ptx::arrive(barrier);
-  };
+  const Handover<Config> handover{shared, consumer};
   float dk[Config::kDim / 2], dv[Config::kDim / 2];
 #pragma unroll
   for (int i = 0; i < Config::kDim / 2; ++i) dk[i] = dv[i] = 0.0f;
@@ -110,10 +108,11 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
     ptx::pin_registers(scores);
     ptx::pin_registers(dp);
     exponentiate_next(scores, 0);
+    handover.give_first_turn();
 
     // Each round begins with P^T and dP^T of its queries and ends with those of the next. No product runs on from round
     // to round: the assembler would wait for every single one. For the same reason the last round is like the others;
-    // it starts the next one's products on whatever is there.
+    // it starts the next one's products on whatever is there, as the first one does those for a late dQ.
     const int steps = plan.tiles * params.group;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -134,10 +133,13 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
           ds[2 * j + i] = pack<T>(scores[at] * (dp[at] - two.x), scores[at + 1] * (dp[at + 1] - two.y));
         }
       }
+      handover.await_buffer(step);
       const std::uint32_t ds_to = places.ds_buffer(stage);
 #pragma unroll
       for (int i = 0; i < kQueries / 16; ++i) ptx::store_transposed(ds_to + i * 16 * 128, ds + 4 * i);
       ptx::fence_async_proxy();
+      handover.hand_over(step);
+      handover.await_turn();
       if constexpr (!Config::kEarlyValues) start_dv();
       Operands::template start_sums<T>(dk, ds, Columns(Operands::address(shared.q[stage])));
 
@@ -147,17 +149,22 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
       const bool more = step + 1 < steps;
       if (more) ptx::wait(shared.q_full[next], parity);
       start_scores(next_scores, next);
-      ptx::barrier_sync(kConsumerBarrier, kConsumerThreads);  // dS is whole
-      ptx::wgmma_wait<1>();                                   // dV and dK: frees the registers of P^T and dS^T
+      const int dq_step = step - (Config::kLate ? 1 : 0);
+      handover.await_whole(dq_step);
+      ptx::wgmma_wait<1>();  // dV and dK: frees the registers of P^T and dS^T
       ptx::pin_registers(dv);
       ptx::pin_registers(dk);
       release(shared.dout_empty[stage]);
       release(shared.q_empty[stage]);
-      start_dq(dq, stage);
+      start_dq(dq, dq_step & 1);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(next_scores);
       ptx::pin_registers(dq);
-      stage_dq(shared, dq, consumer, step);
+      handover.pass_turn(more);
+      if (!Config::kLate || step > 0) {
+        handover.give_back(dq_step);
+        stage_dq(shared, dq, consumer, dq_step);
+      }
       // Here and not above: its loop keeps the assembler from holding the registers of dQ and of dP at the same time.
       if (more) ptx::wait(shared.dout_full[next], parity);
       start_dp(next_dp, next);
@@ -167,9 +174,16 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
 #pragma unroll
       for (int i = 0; i < kQueries / 2; ++i) scores[i] = next_scores[i], dp[i] = next_dp[i];
     }
+    if constexpr (Config::kLate) {
+      float dq[Config::kSharedQueries / 2];
+      handover.await_whole(steps - 1);
+      start_dq(dq, (steps - 1) % 2);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(dq);
+      stage_dq(shared, dq, consumer, steps - 1);
+    }
   }
   store_keys<T, Config>(params, plan, consumer, dk, dv);
-  finish_dq<T, Config>(params, shared, plan);
 }
 
 template <typename T, typename Config>
@@ -178,7 +192,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(memory);
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&params.q, &params.k, &params.v, &params.dout_blocks}) ptx::prefetch_map(*map);
-    constexpr int kConsumerWarps = 8;
     ptx::init_barrier(shared.k_full, 1);
     ptx::init_barrier(shared.v_full, 1);
     for (int stage = 0; stage < Config::kStages; ++stage) {
@@ -191,8 +204,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
       ptx::init_barrier(shared.dq_full[consumer], ptx::kWarpgroupThreads);
       ptx::init_barrier(shared.dq_empty[consumer], 1);
     }
-    ptx::init_barrier(shared.all_added, Config::kAdders);
-    shared.last_adder = false;
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      ptx::init_barrier(shared.ds_full[buffer], kConsumerWarps);
+      ptx::init_barrier(shared.ds_empty[buffer], kConsumerWarps);
+    }
     ptx::publish_barriers();
     // Blocks that wait for others must know that those have started: they take their work in the order they start in.
     const int block = Config::kOrdered ? static_cast<int>(atomicAdd(params.order, 1u)) : static_cast<int>(blockIdx.x);

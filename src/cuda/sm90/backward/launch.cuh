@@ -22,7 +22,7 @@ void launch_around(void (*kernel)(BackwardParams), const BackwardParams& params,
     kernel<<<blocks, Config::kThreads, kSharedBytes, stream>>>(params);
     ADAATTN_CUDA_CHECK(cudaGetLastError());
   }
-  if (tiles > 0 && params.finished == nullptr) {
+  if (tiles > 0) {
     finish_dq_kernel<T, Config><<<tiles, DqPiece<T, Config>::kPerTile, 0, stream>>>(params);
     ADAATTN_CUDA_CHECK(cudaGetLastError());
   }

@@ -11,6 +11,9 @@ template <bool kOrdered>
 using BackwardDim64 = BackwardConfig<64, 128, false, kOrdered>;
 template <bool kOrdered>
 using BackwardDim128 = BackwardConfig<128, 64, true, kOrdered>;
+// For many queries: D to 128 without and with turns, D to 64.
+template <bool kTurns>
+using LateDim128 = BackwardConfig<128, 64, true, false, true, kTurns>;
 using SplitDim64 = SplitConfig<64, 96>;
 
 template <typename T, typename Config>

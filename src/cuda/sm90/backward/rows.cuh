@@ -1,12 +1,11 @@
-// What the backward pass does once per query row: before the main kernel delta and lse, and, where the main kernel does
-// not, the rounding of dQ after it.
+// What the backward pass does once per query row: delta and lse before the main kernel, the rounding of dQ after it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "cuda/sm90/backward/config.h"
-#include "cuda/sm90/backward/query_gradient.cuh"
+#include "cuda/sm90/registers.cuh"
 
 namespace adaattn::cuda::sm90 {
 
@@ -39,8 +38,8 @@ struct PrepareRows {
 };
 
 // One tile of queries a block of threads: delta = rowsum(dO O) and lse / ln 2. A row that sees no
-// key, or does not exist, gets +inf for its lse, which makes its probabilities 0. Zeroes the tile's sums for dQ, too,
-// and the counters of its head. Last tiles first: the main kernel finds what it begins with in the L2 cache.
+// key, or does not exist, gets +inf for its lse, which makes its probabilities 0. Zeroes the tile's sums for dQ, too.
+// Last tiles first: the main kernel finds what it begins with in the L2 cache.
 template <typename T, typename Config>
 __global__ void __launch_bounds__(PrepareRows<Config>::kThreads, 3)
     prepare_rows_kernel(const __grid_constant__ BackwardParams params) {
@@ -75,8 +74,6 @@ __global__ void __launch_bounds__(PrepareRows<Config>::kThreads, 3)
       dout[i] = *reinterpret_cast<const uint4*>(from_dout + i * kRowsAtOnce * params.dout_stride[2]);
     }
   }
-  if (params.finished != nullptr && thread == 0 && tile % params.query_tiles == 0 && head % params.group == 0)
-    params.finished[head / params.group] = 0;
 
   float* const to = params.rows + std::int64_t{tile} * 2 * Config::kQueries + row;
 #pragma unroll
@@ -89,6 +86,53 @@ __global__ void __launch_bounds__(PrepareRows<Config>::kThreads, 3)
     to[i * kRowsAtOnce + Config::kQueries] = delta;
   }
 }
+
+// A thread's part of the rounding of one tile: dq = scale * sums of 16 columns of two queries.
+template <typename T, typename Config>
+struct DqPiece {
+  static constexpr int kEights = Config::kSharedQueries / 8, kPerTile = 2 * kEights * 16;
+  float4 parts[8];  // of each of 8 neighbouring columns, and 8 further on: two queries
+
+  // The index within a tile: consumer, 8 queries, warp, column of the quad; see stage_dq and ptx/wgmma.cuh.
+  static __device__ __forceinline__ int column(int piece) { return piece % 4; }
+  static __device__ __forceinline__ int warp(int piece) { return piece / 4 % 4; }
+  static __device__ __forceinline__ int eight(int piece) { return piece / 16 % kEights; }
+  static __device__ __forceinline__ int consumer(int piece) { return piece / 16 / kEights; }
+
+  // The tile of all heads' tiles.
+  __device__ __forceinline__ void load(const BackwardParams& params, int tile, int piece) {
+    const float4* from = reinterpret_cast<const float4*>(params.sums) +
+                         ((2 * std::int64_t{tile} + consumer(piece)) * kEights + eight(piece)) * 128 +
+                         32 * warp(piece) + column(piece);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) parts[i] = __ldcg(from + 4 * i);
+  }
+
+  __device__ __forceinline__ void store(const BackwardParams& params, int tile, int piece) const {
+    const int head = tile / params.query_tiles, b = head / params.heads, h = head % params.heads;
+    const int first_column = 64 * (Config::kChunks == 1 ? 0 : consumer(piece)) + 16 * warp(piece);
+    const int first_query = tile % params.query_tiles * Config::kQueries + 8 * eight(piece) + 2 * column(piece) +
+                            (Config::kChunks == 1 ? consumer(piece) * Config::kSharedQueries : 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (first_query + i >= params.query_count) break;
+      T* to = static_cast<T*>(params.dq) + b * params.dq_stride[0] + h * params.dq_stride[1] +
+              (first_query + i) * params.dq_stride[2] + first_column;
+      std::uint32_t words[8];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float4 &a = parts[2 * j], &c = parts[2 * j + 1];
+        words[j] = pack<T>((i ? a.y : a.x) * params.scale, (i ? c.y : c.x) * params.scale);
+        words[4 + j] = pack<T>((i ? a.w : a.z) * params.scale, (i ? c.w : c.z) * params.scale);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (first_column + 8 * half < params.dim)
+          reinterpret_cast<uint4*>(to)[half] =
+              make_uint4(words[4 * half], words[4 * half + 1], words[4 * half + 2], words[4 * half + 3]);
+    }
+  }
+};
 
 // One tile a block of threads, last tiles first: those are in the L2 cache still.
 template <typename T, typename Config>

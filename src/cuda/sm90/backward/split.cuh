@@ -91,8 +91,7 @@ __device__ __forceinline__ void multiply(const BackwardParams& params, SplitShar
       ptx::wgmma_wait<1>();  // dV and dK: frees the registers of P^T and dS^T
       ptx::pin_registers(dv);
       ptx::pin_registers(dk);
-      __syncwarp();
-      if (ptx::is_elected()) ptx::arrive(shared.empty[stage]);
+      release(shared.empty[stage]);
       if (more) ptx::wait(shared.dout_full[next], parity);
       start_dp(next_dp, next);
       ptx::wgmma_wait<1>();
@@ -107,7 +106,6 @@ __device__ __forceinline__ void multiply(const BackwardParams& params, SplitShar
     }
   }
   store_keys<T, Config>(params, plan, consumer, dk, dv);
-  finish_dq<T, Config>(params, shared, plan);
 }
 
 template <typename T, typename Config>
@@ -122,11 +120,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(shared.q_full[stage], 1);
       ptx::init_barrier(shared.dout_full[stage], 1);
-      ptx::init_barrier(shared.empty[stage], kConsumerThreads / 32);
+      ptx::init_barrier(shared.empty[stage], kConsumerWarps);
     }
     for (int buffer = 0; buffer < 2; ++buffer) ptx::init_barrier(shared.ds_empty[buffer], 4);
-    ptx::init_barrier(shared.all_added, Config::kAdders);
-    shared.last_adder = false;
     ptx::publish_barriers();
     shared.plan = plan_keys<Config>(params, static_cast<int>(blockIdx.x));
   }

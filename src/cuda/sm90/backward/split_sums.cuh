@@ -105,10 +105,7 @@ __device__ __forceinline__ void sum_dq(const BackwardParams& params, SplitShared
     place.advance();
     walk.advance(plan);
   }
-  if (threadIdx.x == 0) {
-    ptx::wait_sources_read();  // shared memory is given back when the block ends
-    report_added<Config>(params, shared);
-  }
+  if (threadIdx.x == 0) ptx::wait_sources_read();  // shared memory is given back when the block ends
 }
 
 }  // namespace adaattn::cuda::sm90
