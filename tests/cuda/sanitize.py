@@ -128,7 +128,7 @@ def byte_scores() -> None:
             options = {"dim": dim, "dtype": dtype, "kernel": b"sm90_int8"}
             check(2, 4, 200, keys=(2, 1100), **options)
             check(2, 3, 257, causal=1, **options)
-            check(1, 70, 300, keys=(70, 130), causal=1, alignment=1, **options)
+            check(1, 70, 130, keys=(70, 300), causal=1, alignment=1, **options)
             check(1, 1, 500, keys=(1, 600), window_left=100, window_right=0, sinks=4, **options)
             check(2, 2, 130, key_lengths=torch.tensor([130, 33]).cuda(), **options)
 

@@ -155,7 +155,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, BackwardSh
       ptx::pin_registers(dv);
       ptx::pin_registers(dk);
       release(shared.dout_empty[stage]);
-      release(shared.q_empty[stage]);
+      ptx::arrive(shared.q_empty[stage]);  // every thread: each read what lies beside the queries
       start_dq(dq, dq_step & 1);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(next_scores);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(shared.q_full[stage], 1);
       ptx::init_barrier(shared.dout_full[stage], 1);
-      ptx::init_barrier(shared.q_empty[stage], kConsumerWarps);
+      ptx::init_barrier(shared.q_empty[stage], kConsumerThreads);
       ptx::init_barrier(shared.dout_empty[stage], kConsumerWarps);
     }
     for (int consumer = 0; consumer < 2; ++consumer) {

@@ -67,10 +67,10 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
   constexpr int kKeys = Config::kKeys;
   const int own_barrier = 1 + consumer;
   const auto address = [](const auto& object) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(&object)); };
-  const auto release = [&](ptx::Barrier& barrier) {
-    __syncwarp();  // every lane read the scale that comes with a block
+  const auto release_values = [&](ptx::Barrier& barrier) {
     if (ptx::thread_in_warpgroup() % 32 == 0) ptx::arrive(barrier);
   };
+  const auto release_keys = [](ptx::Barrier& barrier) { ptx::arrive(barrier); };  // every thread: each read their scale
   const ByteRows<Config> q(address(shared.q[consumer]));
   ptx::RingPlace<Config::kStages> k_place, v_place;
   ptx::RingPlace<1> plan_place;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
               tops[row] = fmaxf(
                   tops[row], static_cast<float>(largest[row]) * (rows.scale[row] * shared.tile[k_place.stage].scale));
         }
-        release(shared.k_empty[k_place.stage]);
+        release_keys(shared.k_empty[k_place.stage]);
         k_place.advance();
       }
 #pragma unroll
@@ -159,10 +159,10 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
     // Blocks that only other consumers need: hand them on.
     for (int step = 0; step < strip.first_step; ++step) {
       ptx::wait(shared.k_full[k_place.stage], k_place.parity);
-      release(shared.k_empty[k_place.stage]);
+      release_keys(shared.k_empty[k_place.stage]);
       k_place.advance();
       ptx::wait(shared.v_full[v_place.stage], v_place.parity);
-      release(shared.v_empty[v_place.stage]);
+      release_values(shared.v_empty[v_place.stage]);
       v_place.advance();
     }
 
@@ -176,7 +176,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         start_sums<Config>(sums, q, ByteRows<Config>(address(shared.k[k_place.stage])));
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sums);
-        release(shared.k_empty[k_place.stage]);
+        release_keys(shared.k_empty[k_place.stage]);
         k_place.advance();
         HiddenKeys hidden[2];
         find_hidden(strip.first_step, hidden);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         const RowFactors factors = row_factors(rows.scale, addend, shared.tile[k_place.stage].scale);
         ptx::wgmma_wait<1>();
         ptx::pin_registers(sums);
-        release(shared.k_empty[k_place.stage]);
+        release_keys(shared.k_empty[k_place.stage]);
         k_place.advance();
         keys_came = ptx::has_completed(shared.k_full[k_place.stage], k_place.parity);
         if constexpr (kHide) {
@@ -213,7 +213,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out);
         ptx::pin_registers(p);
-        release(shared.v_empty[v_place.stage]);
+        release_values(shared.v_empty[v_place.stage]);
         v_place.advance();
         values_came = ptx::has_completed(shared.v_full[v_place.stage], v_place.parity);
         if constexpr (kHide) pack_powers(p, sums);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void consume_int8(const Int8Params& params, Int8Share
       start_values<Config>(out, p, Values<Config>(address(shared.v[v_place.stage])));
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
-      release(shared.v_empty[v_place.stage]);
+      release_values(shared.v_empty[v_place.stage]);
       v_place.advance();
     }
     if (plan.kind == TilePlan::kSteady) {
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) int8_forward_kernel(const
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(shared.k_full[stage], 1);
       ptx::init_barrier(shared.v_full[stage], 1);
-      ptx::init_barrier(shared.k_empty[stage], kConsumerWarps);
+      ptx::init_barrier(shared.k_empty[stage], ptx::kWarpgroupThreads * Config::kConsumers);
       ptx::init_barrier(shared.v_empty[stage], kConsumerWarps);
     }
     ptx::publish_barriers();
