@@ -284,11 +284,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     }
     if constexpr (kKeeps)
       if (steady) {
-        bool wrong = false;
+        const auto exists = [&](int row) {
+          return place_of_row<Config>(params.grid, plan, tile_row() + 8 * row).exists;
+        };
+        bool doubtful = false, wrong = false;
 #pragma unroll
-        for (int row = 0; row < 2; ++row)
-          wrong |= place_of_row<Config>(params.grid, plan, tile_row() + 8 * row).exists &&
-                   reference_failed(state, out, row, plan.key_count);
+        for (int row = 0; row < 2; ++row) doubtful |= exists(row) && !is_plainly_right(state, row, plan.key_count);
+        if (__any_sync(0xFFFFFFFFu, doubtful)) {
+#pragma unroll
+          for (int row = 0; row < 2; ++row) wrong |= exists(row) && reference_failed(state, out, row);
+        }
         if (__any_sync(0xFFFFFFFFu, wrong)) {  // the whole tile is done again: other rows' results do not count
           if (ptx::thread_in_warpgroup() % 32 == 0) atomicOr(&failed, 1u);
           continue;

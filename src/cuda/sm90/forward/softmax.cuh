@@ -83,18 +83,20 @@ __device__ __forceinline__ void stay_before(float sum) {
   asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %0, 0f7E967699;\n@p nanosleep.u32 1;\n}\n" ::"f"(sum) : "memory");
 }
 
-// Whether this thread's part of a row came out wrong because its reference was kept. What the probabilities may add up
-// to without a closer look leaves out no more of float32's range than probabilities of at most 1 do.
+// Whether this thread's part of a row, whose reference was kept, needs no closer look: what its probabilities add up to
+// leaves out no more of float32's range than probabilities of at most 1 do.
+__device__ __forceinline__ bool is_plainly_right(const RowState& state, int row, int key_count) {
+  return state.max[row] != -INFINITY && state.sum[row] <= 0.25f * static_cast<float>(key_count);
+}
+
+// The closer look, at all columns of a row: probabilities that one thread summed are in every thread's output.
 template <int kCount>
-__device__ __forceinline__ bool reference_failed(const RowState& state, const float (&out)[kCount], int row,
-                                                 int key_count) {
+__device__ __forceinline__ bool reference_failed(const RowState& state, const float (&out)[kCount], int row) {
   constexpr float kMost = 0x1p64f;
-  if (state.max[row] == -INFINITY) return true;  // every key so far had a score of -inf
-  if (state.sum[row] <= 0.25f * static_cast<float>(key_count)) return false;
   float probe = 0.0f;  // NaN where out is not finite
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) probe = fmaf(out[4 * (i / 2) + 2 * row + i % 2], 0.0f, probe);
-  return !(state.sum[row] <= kMost) || probe != 0.0f;
+  return state.max[row] == -INFINITY || !(state.sum[row] <= kMost) || probe != 0.0f;  // -inf: all scores so far
 }
 
 template <int kCount>
