@@ -1,8 +1,7 @@
 // The stages, by waves of key heads:
 //   measure  what a key head's queries share: its keys' mean, and the first of its tiles in low precision
-//   plan     a plan for each head (cpu/pilot.h), unless the caller gave one, and what plans read of their key head:
-//   means
-//            of tiles, copies in low precision, the screen
+//   plan     a plan for each head (cpu/pilot.h), unless the caller gave one, and what plans read of their key head: the
+//            means of tiles, copies in low precision, the screen
 //   attend   all panels by the plans
 //   verify   evenly spaced rows, run exactly, tell each head's error; a head whose error is not accepted takes a more
 //            careful plan, at last float32 and dense
