@@ -34,10 +34,10 @@ struct BackwardConfig {
 
 // The same keys, but a warpgroup makes dQ alone and has one thread copy; the consumers do not meet (split.cuh). Its
 // registers are what the launch gives three warpgroups, 504 a thread of each, less the consumers' ones.
-template <int kDim_, int kQueries_>
+template <int kDim_, int kQueries_, bool kOrdered_>
 struct SplitConfig {
   static constexpr int kDim = kDim_, kQueries = kQueries_;
-  static constexpr bool kOrdered = false;
+  static constexpr bool kOrdered = kOrdered_;
   static constexpr int kKeys = 128;
   static constexpr int kStages = 3;
   static constexpr int kChunks = kDim / 64;
@@ -101,7 +101,7 @@ struct BackwardParams {
   std::int64_t dq_stride[3], dk_stride[3], dv_stride[3];
   const std::int64_t* key_lengths;  // [batch] or null
   unsigned* order;                  // null, or what makes the sums deterministic: a ticket counter, then how many
-                                    // blocks have added, [batch, heads, query_tiles, 2]
+                                    // blocks have added, [batch, heads, query_tiles, 2] (order.cuh)
   bool adds;                        // false if one block of keys makes all of dQ: nothing to zero or to add to
   float scale, scale_log2;          // scale / ln 2
   int batch, heads, group;          // group: query heads on one key head

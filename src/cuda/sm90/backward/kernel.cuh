@@ -209,9 +209,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
       ptx::init_barrier(shared.ds_empty[buffer], kConsumerWarps);
     }
     ptx::publish_barriers();
-    // Blocks that wait for others must know that those have started: they take their work in the order they start in.
-    const int block = Config::kOrdered ? static_cast<int>(atomicAdd(params.order, 1u)) : static_cast<int>(blockIdx.x);
-    shared.plan = plan_keys<Config>(params, block);
+    shared.plan = plan_keys<Config>(params, take_place<Config>(params));
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / ptx::kWarpgroupThreads, 0);

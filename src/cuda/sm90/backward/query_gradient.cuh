@@ -1,14 +1,13 @@
 // The way of dQ from registers through shared memory to FP32 sums in global memory, which rows.cuh rounds.
 #pragma once
 
-#include <cuda/atomic>
-
 #include "cuda/common/ptx/mbarrier.cuh"
 #include "cuda/common/ptx/reduce.cuh"
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/ptx/warpgroup.cuh"
 #include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/backward/consumer.cuh"
+#include "cuda/sm90/backward/order.cuh"
 #include "cuda/sm90/backward/schedule.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -32,31 +31,21 @@ __device__ __forceinline__ void stage_dq(BackwardShared<Config>& shared, const f
 template <typename Config>
 __device__ __forceinline__ void add_dq(const BackwardParams& params, BackwardShared<Config>& shared, int consumer) {
   constexpr int kElements = 64 * Config::kSharedQueries;
-  using Counter = ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>;
   const KeyPlan& plan = shared.plan;
   QueryWalk walk(params, plan);
   const int steps = plan.tiles * params.group;
   for (int step = 0; step < steps; ++step, walk.advance(plan)) {
-    const std::int64_t part = 2 * std::int64_t{tile_index(params, plan, walk)} + consumer;
+    const int part = 2 * tile_index(params, plan, walk) + consumer;
+    if constexpr (Config::kOrdered) await_turn(params, part, turn_of<Config>(params, plan, walk.tile));
     ptx::wait(shared.dq_full[consumer], step % 2);
-    if constexpr (Config::kOrdered) {
-      const unsigned turn = turn_of<Config>(params, plan, walk.tile);
-      while (Counter(params.order[1 + part]).load(::cuda::memory_order_acquire) != turn) {
-      }
-    }
-    float* const to = params.sums + part * kElements;
+    float* const to = params.sums + std::int64_t{part} * kElements;
     if (params.adds)
       ptx::add_to_global(to, shared.dq[consumer], kElements * sizeof(float));
     else
       ptx::copy_to_global(to, shared.dq[consumer], kElements * sizeof(float));
     ptx::wait_sources_read();
     ptx::arrive(shared.dq_empty[consumer]);
-    if constexpr (Config::kOrdered) {
-      ptx::wait_copies_done();
-      ptx::fence_async_proxy_everywhere();
-      __threadfence();
-      Counter(params.order[1 + part]).fetch_add(1, ::cuda::memory_order_release);
-    }
+    if constexpr (Config::kOrdered) pass_turn(params, part);
   }
   ptx::wait_sources_read();  // shared memory is given back when the block ends
 }

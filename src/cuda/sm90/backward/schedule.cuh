@@ -36,7 +36,8 @@ __device__ __forceinline__ QueryRange visited_tiles(const Visibility& v, int fir
 }
 
 // First keys first: under a causal mask they are seen by most queries. In a deterministic order last keys come first,
-// so that those who add first to a tile of dQ also start first.
+// so that those who add first to a tile of dQ also start first; under a causal mask each starts where no one has to add
+// before it.
 template <typename Config>
 __device__ __forceinline__ KeyPlan plan_keys(const BackwardParams& params, int block) {
   const int heads = params.batch * (params.heads / params.group), tiles = params.key_tiles;
