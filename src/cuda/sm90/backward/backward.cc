@@ -17,7 +17,7 @@ namespace {
 // From so many queries on a key head on, the forms whose consumers do not meet are faster (docs/performance.md).
 bool has_many_queries(const adaattn_backward_args& args) {
   constexpr std::int64_t kFewestQueries = 2048;
-  const bool one_block = args.k.shape[2] <= SplitDim64<false>::kKeys;
+  const bool one_block = args.k.shape[2] <= SplitDim64::kKeys;
   return !one_block &&
          args.q.shape[2] * (args.q.shape[1] / std::max<std::int64_t>(1, args.k.shape[1])) >= kFewestQueries;
 }
@@ -26,22 +26,21 @@ bool has_many_queries(const adaattn_backward_args& args) {
 template <typename Visitor>
 void with_config(const adaattn_backward_args& args, const Visitor& visit) {
   const auto with_order = [&]<bool kOrdered>() {
-    const bool many = has_many_queries(args);
-    if (dim_of(args) <= 64 && many)
-      visit(SplitDim64<kOrdered>{});
-    else if (dim_of(args) <= 64)
+    if (dim_of(args) <= 64)
       visit(BackwardDim64<kOrdered>{});
-    else if (!many)
-      visit(BackwardDim128<kOrdered>{});
-    else if (tiles_differ(args))
-      visit(LateDim128<kOrdered, true>{});
     else
-      visit(LateDim128<kOrdered, false>{});
+      visit(BackwardDim128<kOrdered>{});
   };
   if (args.options.deterministic != 0)
     with_order.template operator()<true>();
-  else
+  else if (!has_many_queries(args))
     with_order.template operator()<false>();
+  else if (dim_of(args) <= 64)
+    visit(SplitDim64{});
+  else if (tiles_differ(args))
+    visit(LateDim128<true>{});
+  else
+    visit(LateDim128<false>{});
 }
 
 // Whether one block of 128 keys makes all of dQ, and each tile of it.
@@ -73,15 +72,24 @@ Arrays lay_out(const adaattn_backward_args& args, Scratch& scratch) {
   return arrays;
 }
 
+// Whether key heads are worked on side by side. Where blocks take different times, so that the longest ones come first.
+// In a deterministic order it is the other way round (docs/performance.md): blocks of one head that all visit the same
+// tiles of queries would follow each other a fraction of a step apart, each waiting for the one before it, while those
+// that differ start apart anyway. At head sizes over 64 a few short heads wait less than what more of them cost.
+bool is_side_by_side(const adaattn_backward_args& args, std::int64_t queries) {
+  constexpr std::int64_t kFewestOrderedQueries = 1024;
+  if (args.options.deterministic == 0) return tiles_differ(args);
+  return !tiles_differ(args) && (dim_of(args) <= 64 || queries >= kFewestOrderedQueries);
+}
+
 // As many key heads side by side as leave what their queries take (q, dout and the sums for dQ) about half of the L2
-// cache (50 to 60 MB); one where all blocks take the same time and add in any order. In a deterministic order a head's
-// blocks that run at a time then follow each other a few steps apart, so that they seldom wait.
+// cache (50 to 60 MB), or one.
 int heads_at_once(const adaattn_backward_args& args) {
-  if (!tiles_differ(args) && args.options.deterministic == 0) return 1;
   constexpr std::int64_t kBytes = 24 << 20;
   const std::int64_t group = args.q.shape[1] / args.k.shape[1];
-  const std::int64_t head =
-      std::max<std::int64_t>(1, group * args.q.shape[2] * (args.q.shape[3] * 6 + args.v.shape[3] * 2));
+  const std::int64_t queries = group * args.q.shape[2];
+  if (!is_side_by_side(args, queries)) return 1;
+  const std::int64_t head = std::max<std::int64_t>(1, queries * (args.q.shape[3] * 6 + args.v.shape[3] * 2));
   return static_cast<int>(std::clamp<std::int64_t>(kBytes / head, 1, args.k.shape[0] * args.k.shape[1]));
 }
 

@@ -11,7 +11,11 @@ void launch_backward(const BackwardParams& params, cudaStream_t stream) {
 
 template void launch_backward<__nv_bfloat16, BackwardDim128<false>>(const BackwardParams&, cudaStream_t);
 template void launch_backward<__nv_bfloat16, BackwardDim128<true>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__nv_bfloat16, LateDim128<false>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__nv_bfloat16, LateDim128<true>>(const BackwardParams&, cudaStream_t);
 template void launch_backward<__half, BackwardDim128<false>>(const BackwardParams&, cudaStream_t);
 template void launch_backward<__half, BackwardDim128<true>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__half, LateDim128<false>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__half, LateDim128<true>>(const BackwardParams&, cudaStream_t);
 
 }  // namespace adaattn::cuda::sm90

@@ -34,10 +34,10 @@ struct BackwardConfig {
 
 // The same keys, but a warpgroup makes dQ alone and has one thread copy; the consumers do not meet (split.cuh). Its
 // registers are what the launch gives three warpgroups, 504 a thread of each, less the consumers' ones.
-template <int kDim_, int kQueries_, bool kOrdered_>
+template <int kDim_, int kQueries_>
 struct SplitConfig {
   static constexpr int kDim = kDim_, kQueries = kQueries_;
-  static constexpr bool kOrdered = kOrdered_;
+  static constexpr bool kOrdered = false;
   static constexpr int kKeys = 128;
   static constexpr int kStages = 3;
   static constexpr int kChunks = kDim / 64;

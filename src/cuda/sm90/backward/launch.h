@@ -12,10 +12,9 @@ using BackwardDim64 = BackwardConfig<64, 128, false, kOrdered>;
 template <bool kOrdered>
 using BackwardDim128 = BackwardConfig<128, 64, true, kOrdered>;
 // For many queries: D to 128 without and with turns, D to 64.
-template <bool kOrdered, bool kTurns>
-using LateDim128 = BackwardConfig<128, 64, true, kOrdered, true, kTurns>;
-template <bool kOrdered>
-using SplitDim64 = SplitConfig<64, 96, kOrdered>;
+template <bool kTurns>
+using LateDim128 = BackwardConfig<128, 64, true, false, true, kTurns>;
+using SplitDim64 = SplitConfig<64, 96>;
 
 template <typename T, typename Config>
 void launch_backward(const BackwardParams& params, cudaStream_t stream);

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     for (int buffer = 0; buffer < 2; ++buffer) ptx::init_barrier(shared.ds_empty[buffer], 4);
     ptx::publish_barriers();
-    shared.plan = plan_keys<Config>(params, take_place<Config>(params));
+    shared.plan = plan_keys<Config>(params, static_cast<int>(blockIdx.x));
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / ptx::kWarpgroupThreads, 0);

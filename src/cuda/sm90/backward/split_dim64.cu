@@ -9,9 +9,7 @@ void launch_backward(const BackwardParams& params, cudaStream_t stream) {
   launch_around<T, Config, sizeof(SplitShared<Config>)>(split_backward_kernel<T, Config>, params, stream);
 }
 
-template void launch_backward<__nv_bfloat16, SplitDim64<false>>(const BackwardParams&, cudaStream_t);
-template void launch_backward<__nv_bfloat16, SplitDim64<true>>(const BackwardParams&, cudaStream_t);
-template void launch_backward<__half, SplitDim64<false>>(const BackwardParams&, cudaStream_t);
-template void launch_backward<__half, SplitDim64<true>>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__nv_bfloat16, SplitDim64>(const BackwardParams&, cudaStream_t);
+template void launch_backward<__half, SplitDim64>(const BackwardParams&, cudaStream_t);
 
 }  // namespace adaattn::cuda::sm90

@@ -7,7 +7,6 @@
 #include "cuda/common/ptx/warpgroup.cuh"
 #include "cuda/sm90/backward/config.h"
 #include "cuda/sm90/backward/consumer.cuh"
-#include "cuda/sm90/backward/order.cuh"
 #include "cuda/sm90/backward/query_gradient.cuh"
 #include "cuda/sm90/backward/schedule.cuh"
 
@@ -73,7 +72,6 @@ __device__ __forceinline__ void sum_dq(const BackwardParams& params, SplitShared
 
   QueryWalk walk(params, plan);
   ptx::RingPlace<Config::kStages> place;
-  int added = 0;  // the place in the order of the step before
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const int buffer = step % 2;
@@ -81,16 +79,9 @@ __device__ __forceinline__ void sum_dq(const BackwardParams& params, SplitShared
     float dq[Config::kQueries / 2];
     Operands::template start_dq<T>(dq, RowMajor(Operands::address(shared.k)),
                                    RowMajor(Operands::address(shared.ds[buffer])));
-    const int thread = ptx::thread_in_warpgroup();
-    const int index = tile_index(params, plan, walk);
-    if (Config::kOrdered && thread == 0) {  // hidden behind the products
-      if (step > 0) pass_turn(params, added);
-      await_turn(params, index, turn_of<Config>(params, plan, walk.tile));
-      added = index;
-    }
-    __syncwarp();
     ptx::wgmma_wait<0>();
     ptx::pin_registers(dq);
+    const int thread = ptx::thread_in_warpgroup();
     if (thread % 32 == 0) ptx::arrive(shared.ds_empty[buffer]);
     if (thread == 0) ptx::wait_sources_read();  // of the step before
     ptx::barrier_sync(kSumsBarrier, ptx::kWarpgroupThreads);
@@ -102,7 +93,8 @@ __device__ __forceinline__ void sum_dq(const BackwardParams& params, SplitShared
     ptx::barrier_sync(kSumsBarrier, ptx::kWarpgroupThreads);
     if (thread == 0) {
       constexpr int kElements = Config::kQueries * Config::kDim;
-      ptx::add_to_global(params.sums + std::int64_t{index} * kElements, shared.dq, kElements * sizeof(float));
+      ptx::add_to_global(params.sums + std::int64_t{tile_index(params, plan, walk)} * kElements, shared.dq,
+                         kElements * sizeof(float));
       if (step + Config::kStages < steps) {
         ptx::wait(shared.empty[place.stage], place.parity);
         loader.load_q(place.stage);
@@ -113,12 +105,7 @@ __device__ __forceinline__ void sum_dq(const BackwardParams& params, SplitShared
     place.advance();
     walk.advance(plan);
   }
-  if (threadIdx.x == 0) {
-    if (Config::kOrdered && steps > 0)
-      pass_turn(params, added);
-    else
-      ptx::wait_sources_read();  // shared memory is given back when the block ends
-  }
+  if (threadIdx.x == 0) ptx::wait_sources_read();  // shared memory is given back when the block ends
 }
 
 }  // namespace adaattn::cuda::sm90
