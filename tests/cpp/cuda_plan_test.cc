@@ -2,6 +2,7 @@
 // pair is met exactly once, whatever is packed and split.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <random>
 #include <string>
@@ -156,6 +157,67 @@ TEST(CudaPlan, MeetsEveryVisiblePairOnceWhateverIsPackedAndSplit) {
     check<Tile<128, 176, false, true>>(problem, multiprocessors);
     check<Tile<64, 16, true, true>>(problem, multiprocessors);
     check<Tile<128, 32, true, true>>(problem, multiprocessors);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Listed blocks, as the kernel takes them: the producer copies what the list says, while consumers count steps down
+// from the last block. That has to lead to the same rows being hidden wherever some are.
+template <typename Config>
+void check_listed(const Problem& problem, std::mt19937& random) {
+  TileGrid grid = make_grid<Config>(problem.args, 132);
+  grid.packs_at_once = 3;
+  const int all = grid.batch * grid.heads;
+  std::vector<int> heads;
+  for (int head = 0; head < all; ++head)
+    if (random() % 3 != 0) heads.push_back(head);
+  std::vector<int> tiles(static_cast<std::size_t>(all * grid.tiles_per_pack));
+  const int count = static_cast<int>(heads.size());
+  for (int item = 0; item < count * grid.tiles_per_pack; ++item) {
+    TilePlan plan = place_of_listed<Config>(grid, count, heads.data(), item);
+    const int head = plan.batch * grid.heads + plan.head, tile = plan.first_query / Config::kQueries;
+    ++tiles[static_cast<std::size_t>(head * grid.tiles_per_pack + tile)];
+    ASSERT_EQ(plan.key_head, plan.head / grid.group);
+    const int end = seen_end(grid, grid.key_count, plan.first_query), edge = most(end - 1, 0) / Config::kKeys;
+    std::vector<int> order;
+    for (int block = plan.block_end - 1; block >= 0; --block)
+      if (block >= edge || random() % 2 == 0) order.push_back(block);
+    keep_steps(plan, static_cast<int>(order.size()));
+    ASSERT_EQ(plan.steps, static_cast<int>(order.size())) << problem.text;
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+      const StripPlan strip = plan_strip<Config>(grid, plan, consumer);
+      for (int step = 0; step < plan.steps; ++step) {
+        const int block = order[static_cast<std::size_t>(step)], thought = block_of_step(plan, step);
+        const bool whole = thought >= strip.full_begin && thought < strip.full_end;
+        for (int row = 64 * consumer; row < 64 * consumer + 64; ++row) {
+          const RowPlace place = place_of_row<Config>(grid, plan, row);
+          if (!place.exists) continue;
+          const int hidden_from = seen_end(grid, grid.key_count, place.query) - block * Config::kKeys;
+          if (step < strip.first_step) {
+            ASSERT_LE(hidden_from, 0) << problem.text;
+          } else if (whole) {
+            ASSERT_GE(hidden_from, Config::kKeys) << problem.text;
+          } else {
+            ASSERT_EQ(thought, block) << problem.text;
+          }
+        }
+      }
+    }
+  }
+  for (int head = 0; head < all; ++head)
+    for (int tile = 0; tile < grid.tiles_per_pack; ++tile)
+      ASSERT_EQ(tiles[static_cast<std::size_t>(head * grid.tiles_per_pack + tile)],
+                std::count(heads.begin(), heads.end(), head));
+}
+
+TEST(CudaPlan, ListedBlocksAreHiddenWhereTheyLie) {
+  std::mt19937 random(2);
+  for (int i = 0; i < 200; ++i) {
+    Problem problem = random_problem(random);
+    problem.args.options.window_left = problem.args.options.window_right = -1;
+    problem.args.key_lengths = nullptr;
+    check_listed<Tile<192, 32, false, false>>(problem, random);
+    check_listed<Tile<128, 16, false, false>>(problem, random);
     if (HasFatalFailure()) return;
   }
 }

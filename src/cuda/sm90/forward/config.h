@@ -30,6 +30,8 @@ struct ForwardTile {
   // reference (FlashDecoding++, arXiv 2311.01282, has one such for all rows). Where that goes wrong, the tile is done
   // again. With bfloat16 only: it has float32's range.
   bool keeps_reference = false;
+  // Visits listed blocks of keys of listed heads (ForwardLists) in place of all that the rows see.
+  bool listed = false;
   // Half of the exponentials come before the wait for the product with V, not all after it. With kept references only.
   bool half_early = false;
 };
@@ -51,6 +53,8 @@ struct ForwardConfig {
   static constexpr int kTerms = kTile.terms, kStoredChunks = kChunks * kTerms;  // those of the first term come first
   static_assert(kTerms == 1 || (kTerms == 2 && !kPacks && !kParts && !kMasks), "not written for two terms");
   static constexpr bool kKeepsReference = kTile.keeps_reference, kHalfEarly = kTile.half_early;
+  static constexpr bool kListed = kTile.listed;
+  static_assert(!kListed || (kOwnQueries && !kPacks && !kParts && !kMasks && kTerms == 1), "not written for these");
   static_assert(!kKeepsReference || (kOwnQueries && !kParts && !kMasks && kTerms == 1), "not written for these");
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
@@ -103,6 +107,16 @@ struct alignas(16) RowResult {
   float unused;
 };
 
+// Which blocks of keys tiles visit, of kListed instances, without a window, sinks or key lengths: first, downwards, all
+// from the first row's last one on, so that others are seen whole; then any others.
+struct ForwardLists {
+  const std::uint16_t* order;  // [batch * heads, tiles_per_pack, blocks]
+  const std::uint16_t* count;  // [batch * heads, tiles_per_pack] blocks of each tile
+  const int* heads;            // [head_count] of batch * heads: those that run; null: all
+  const int* head_count;       // [1], looked at if heads is not null
+  int blocks;                  // of kKeys keys
+};
+
 struct ForwardParams {
   CUtensorMap q, k, v;  // [batch, head, token, dim], boxes of 64 columns; q of packed tiles has heads in two axes
   TileGrid grid;
@@ -115,6 +129,7 @@ struct ForwardParams {
   MaskView mask;
   RowResult* part_rows;  // [part, kQueries]
   float* part_out;       // [part, kQueries, dim_v], normalised; rows without a key are not written
+  ForwardLists lists;
 };
 
 }  // namespace adaattn::cuda::sm90

@@ -16,6 +16,7 @@
 #include "cuda/common/tensor_map.h"
 #include "cuda/sm90/forward/grid.h"
 #include "cuda/sm90/forward/launch.h"
+#include "cuda/sm90/forward/listed.h"
 
 namespace adaattn::cuda::sm90 {
 namespace {
@@ -270,8 +271,40 @@ constexpr std::array kRows = {
     row<Usual>("exact, float16 and bfloat16 on Hopper tensor cores; D in steps of 8 to 256", declines_plain),
     row<Any>("exact, 16 bits on Hopper tensor cores; mask tensors, entropy and max_probability", declines_masks)};
 
+// Tiles of listed blocks.
+struct Listed {
+  template <typename T, typename Visitor>
+  static void with_config(const Args& args, const Visitor& visit) {
+    const bool small = dim_of(args) <= 64;
+    if constexpr (std::is_same_v<T, __half>)
+      small ? visit(ListedHalf64{}) : visit(ListedHalf128{});
+    else
+      small ? visit(Listed64{}) : visit(Listed128{});
+  }
+};
+
 }  // namespace
 
 std::span<const ForwardKernel> forward_rows() { return kRows; }
+
+int listed_tile_rows(const Args& args) {
+  int rows = 0;
+  with_instance<Listed>(args, [&]<typename T, typename Config>(T, Config) { rows = Config::kQueries; });
+  return rows;
+}
+
+void attend_listed(const Args& args, const ForwardLists& lists, unsigned* next_item) {
+  with_instance<Listed>(args, [&]<typename T, typename Config>(T, Config) {
+    const Device device = current_device();
+    TileGrid grid = make_grid<Config>(args, device.multiprocessors);
+    grid.packs_at_once = packs_in_cache(args, grid.packs_per_key_head);
+    ForwardParams params = make_params<Config>(args, grid);
+    params.lists = lists;
+    params.next_item = next_item;
+    const int blocks = std::min(item_count(grid), device.multiprocessors);
+    launch_forward<T, Config>(
+        params, {.device = device.index, .blocks = blocks, .stream = static_cast<cudaStream_t>(args.stream)});
+  });
+}
 
 }  // namespace adaattn::cuda::sm90

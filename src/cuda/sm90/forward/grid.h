@@ -10,10 +10,8 @@
 
 namespace adaattn::cuda::sm90 {
 
-// As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB); one where all
-// tiles take the same time and order does not matter.
-inline int packs_at_once(const adaattn_forward_args& args, int packs_per_key_head) {
-  if (!tiles_differ(args)) return 1;
+// As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB).
+inline int packs_in_cache(const adaattn_forward_args& args, int packs_per_key_head) {
   constexpr std::int64_t kBytes = 24 << 20;
   const std::int64_t head = std::max<std::int64_t>(1, args.k.shape[2] * (args.k.shape[3] + args.v.shape[3]) * 2);
   const std::int64_t key_heads = std::clamp<std::int64_t>(kBytes / head, 1, args.k.shape[0] * args.k.shape[1]);
@@ -33,7 +31,8 @@ TileGrid make_grid(const adaattn_forward_args& args, int multiprocessors) {
   grid.bottom_right = args.options.alignment == ADAATTN_BOTTOM_RIGHT;
   grid.key_lengths = args.key_lengths;
   choose_packs<Config>(grid);
-  grid.packs_at_once = packs_at_once(args, grid.packs_per_key_head);
+  // One where all tiles take the same time and order does not matter.
+  grid.packs_at_once = tiles_differ(args) ? packs_in_cache(args, grid.packs_per_key_head) : 1;
   choose_split<Config>(grid, multiprocessors * Config::kBlocks, tiles_differ(args));
   return grid;
 }

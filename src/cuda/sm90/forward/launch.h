@@ -29,6 +29,22 @@ using Half128Fine =
     ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true}>;
 using Dim256 = ForwardConfig<ForwardTile{.dim = 256, .consumers = 2, .keys = 80, .stages = 2, .own_queries = true}>;
 
+// Of listed blocks; 128 keys each.
+using Listed64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .keeps_reference = true, .listed = true}>;
+using Listed128 = ForwardConfig<ForwardTile{.dim = 128,
+                                            .consumers = 2,
+                                            .keys = 128,
+                                            .stages = 2,
+                                            .own_queries = true,
+                                            .keeps_reference = true,
+                                            .listed = true,
+                                            .half_early = true}>;
+using ListedHalf64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .listed = true}>;
+using ListedHalf128 = ForwardConfig<ForwardTile{
+    .dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true, .listed = true}>;
+
 // For few rows: memory bounds them, so they keep as many bytes in flight as fit, in two blocks where those do.
 using Few64 = ForwardConfig<ForwardTile{.dim = 64,
                                         .consumers = 1,

@@ -24,14 +24,20 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
   ptx::RingPlace<Config::kStages> k_place, v_place;
   ptx::RingPlace<1> q_place;
 
+  const std::uint16_t* order = nullptr;  // of the tile's blocks, where they are listed
+  const auto block_at = [&](const TilePlan& plan, int step) {
+    if constexpr (Config::kListed) return static_cast<int>(order[step]);
+    return block_of_step(plan, step);
+  };
   const auto load_block = [&](auto& buffers, ptx::Barrier* full, ptx::Barrier* empty,
                               ptx::RingPlace<Config::kStages>& place, const CUtensorMap& map, const TilePlan& plan,
                               int step) {
+    const int first_key = block_at(plan, step) * Config::kKeys;
     ptx::wait(empty[place.stage], place.parity ^ 1);
     ptx::arrive_and_expect(full[place.stage], kBlockBytes);
     for (int chunk = 0; chunk < Config::kStoredChunks; ++chunk)
-      ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk,
-                    block_of_step(plan, step) * Config::kKeys, plan.key_head, plan.batch);
+      ptx::load_box(buffers[place.stage][chunk], map, full[place.stage], 64 * chunk, first_key, plan.key_head,
+                    plan.batch);
     place.advance();
   };
   const auto load_k = [&](const TilePlan& plan, int step) {
@@ -74,7 +80,20 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
     return failed;
   };
 
-  const int items = item_count(params.grid);
+  int head_count = params.grid.batch * params.grid.heads;
+  if constexpr (Config::kListed)
+    if (params.lists.heads != nullptr) head_count = *params.lists.head_count;
+  const int items = Config::kListed ? head_count * params.grid.tiles_per_pack : item_count(params.grid);
+  const auto plan_of = [&](int item) {
+    if constexpr (!Config::kListed) return plan_item<Config>(params.grid, item);
+    const ForwardLists& lists = params.lists;
+    TilePlan plan = place_of_listed<Config>(params.grid, head_count, lists.heads, item);
+    const int tile =
+        (plan.batch * params.grid.heads + plan.head) * params.grid.tiles_per_pack + plan.first_query / Config::kQueries;
+    keep_steps(plan, lists.count[tile]);
+    order = lists.order + static_cast<std::int64_t>(tile) * lists.blocks;
+    return plan;
+  };
   constexpr int kNone = -1;
   int last = kNone, before = kNone;  // items that may have to be done again: the last one, and the one before it
   int again = kNone;                 // has to be
@@ -82,13 +101,13 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardShar
     TilePlan plan{.kind = TilePlan::kEnd};
     int next_item = item, trusted = kNone;
     if (Config::kKeepsReference && again != kNone) {
-      plan = plan_item<Config>(params.grid, again);
+      plan = plan_of(again);
       plan.kind = TilePlan::kCareful;
     } else if (item < items) {
       // Asked for early: the answer takes a while, and is not needed before this tile's last load.
       next_item = item + static_cast<int>(gridDim.x);
       if (params.next_item != nullptr) next_item = static_cast<int>(gridDim.x + atomicAdd(params.next_item, 1u));
-      plan = plan_item<Config>(params.grid, item);
+      plan = plan_of(item);
       plan.kind = keeps_reference<T, Config>() ? TilePlan::kSteady : TilePlan::kCareful;
       if (keeps_reference<T, Config>()) trusted = item;
     } else if (last != kNone || before != kNone) {

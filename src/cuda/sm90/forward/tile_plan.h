@@ -136,13 +136,9 @@ constexpr TilePlan place_of_item(const TileGrid& grid, int item) {
   return plan;
 }
 
+// Fills in which blocks of keys the tile meets.
 template <typename Config>
-constexpr TilePlan plan_item(const TileGrid& grid, int item) {
-  TilePlan plan = place_of_item<Config>(grid, item);
-  plan.key_count = grid.key_count;
-  if (grid.key_lengths != nullptr)
-    plan.key_count = static_cast<int>(clamp_index(grid.key_lengths[plan.batch], 0, grid.key_count));
-
+constexpr void meet_keys(const TileGrid& grid, TilePlan& plan) {
   const Visibility visibility = visibility_of(grid, plan.key_count);
   const int tokens = Config::kPacks ? grid.pack_tokens : Config::kQueries;
   const int first = plan.first_query, last = least(first + tokens, grid.query_count) - 1;
@@ -153,8 +149,37 @@ constexpr TilePlan plan_item(const TileGrid& grid, int item) {
   plan.window_steps = plan.block_end - block_begin;
   plan.sink_blocks = least(static_cast<int>((any.sink_end + kKeys - 1) / kKeys), block_begin);
   plan.steps = plan.window_steps + plan.sink_blocks;
+}
+
+template <typename Config>
+constexpr TilePlan plan_item(const TileGrid& grid, int item) {
+  TilePlan plan = place_of_item<Config>(grid, item);
+  plan.key_count = grid.key_count;
+  if (grid.key_lengths != nullptr)
+    plan.key_count = static_cast<int>(clamp_index(grid.key_lengths[plan.batch], 0, grid.key_count));
+  meet_keys<Config>(grid, plan);
   if (Config::kParts && plan.part != TilePlan::kWhole) take_part(plan, plan.part % grid.parts, grid.parts);
   return plan;
+}
+
+// The same where only the first head_count of heads, of all batch entries, run. Which blocks are visited is for the
+// list to say: of the plan's steps count are left, as if they were the first.
+template <typename Config>
+constexpr TilePlan place_of_listed(const TileGrid& grid, int head_count, const int* heads, int item) {
+  TileGrid flat = grid;
+  flat.batch = 1, flat.heads = head_count, flat.group = flat.packs_per_key_head = 1;
+  TilePlan plan = place_of_item<Config>(flat, item);
+  const int head = heads != nullptr ? heads[plan.head] : plan.head;
+  plan.batch = head / grid.heads;
+  plan.head = head % grid.heads;
+  plan.key_head = plan.head / grid.group;
+  plan.key_count = grid.key_count;
+  meet_keys<Config>(grid, plan);
+  return plan;
+}
+constexpr void keep_steps(TilePlan& plan, int count) {
+  plan.steps = plan.window_steps = least(count, plan.window_steps);
+  plan.sink_blocks = 0;
 }
 
 constexpr int block_of_step(const TilePlan& plan, int step) {
