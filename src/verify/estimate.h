@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace adaattn {
 
@@ -11,7 +12,7 @@ namespace adaattn {
 struct ProbeSums {
   double rows = 0, x = 0, y = 0, xx = 0, xy = 0, yy = 0;
 
-  void add(double error, double norm) {
+  constexpr void add(double error, double norm) {
     rows += 1;
     x += error;
     y += norm;
@@ -33,7 +34,10 @@ constexpr double kConfidence = 3;
 // the sums, which suits errors that go with their row's norm, and the mean error over the head's own norm per row,
 // which does not depend on how the norm is spread. The one with the larger limit counts, so that errors in few rows
 // and norms in few rows both make the estimate careful. head_norm: squared, of all rows; 0 if it is not known.
-inline ErrorEstimate estimate_error(const ProbeSums& s, double head_rows, double head_norm) {
+// A template, so that it may be constexpr, and run on devices, with compilers that know no constant square roots.
+template <typename Number = double>
+constexpr ErrorEstimate estimate_error(const ProbeSums& s, std::type_identity_t<Number> head_rows,
+                                       std::type_identity_t<Number> head_norm) {
   if (s.x == 0) return {0, 0};
   const double n = s.rows, ratio = s.x / s.y;
   const double spread = std::max(0.0, s.xx - 2 * ratio * s.xy + ratio * ratio * s.yy);
@@ -53,6 +57,6 @@ inline bool promises(const ErrorEstimate& estimate, double error) {
   return estimate.value + (estimate.limit - estimate.value) * 0.75 <= error;
 }
 
-inline bool accepts(const ErrorEstimate& estimate, double error) { return estimate.limit <= error; }  // not NaN
+constexpr bool accepts(const ErrorEstimate& estimate, double error) { return estimate.limit <= error; }  // not NaN
 
 }  // namespace adaattn

@@ -33,4 +33,19 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
   return result;
 }
 
+// Four values rounded to e4m3, the first lowest; what is beyond 448 becomes that.
+__device__ __forceinline__ std::uint32_t pack_e4m3(float a, float b, float c, float d) {
+  std::uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return low | static_cast<std::uint32_t>(high) << 16;
+}
+
+// The larger of two float16 each; NaN loses. Two in a row become one instruction.
+__device__ __forceinline__ std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t result;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 }  // namespace adaattn::cuda::ptx
