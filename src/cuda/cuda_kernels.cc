@@ -8,6 +8,7 @@
 #include "cuda/simt/forward.h"
 #include "cuda/sm80/backward/backward.h"
 #include "cuda/sm80/forward/forward.h"
+#include "cuda/sm90/adaptive/adaptive.h"
 #include "cuda/sm90/backward/backward.h"
 #include "cuda/sm90/float32/float32.h"
 #include "cuda/sm90/forward/forward.h"
@@ -67,8 +68,10 @@ constexpr std::array kBackward = {
 
 std::span<const ForwardKernel> forward_kernels() {
   static const std::vector<ForwardKernel> rows = [] {
+    const auto adaptive = sm90::adaptive_rows();  // before the exact ones, which meet every budget, too
+    std::vector<ForwardKernel> all(adaptive.begin(), adaptive.end());
     const auto hopper = sm90::forward_rows();
-    std::vector<ForwardKernel> all(hopper.begin(), hopper.end());
+    all.insert(all.end(), hopper.begin(), hopper.end());
     all.push_back(kForwardSm80);
     const auto hopper_float32 = sm90::float32_rows();
     all.insert(all.end(), hopper_float32.begin(), hopper_float32.end());
