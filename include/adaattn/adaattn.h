@@ -3,8 +3,9 @@
  *   out = softmax(scale * q k^T + mask) v          per (batch, query head)
  *
  * Every function returns an adaattn_status; on failure adaattn_last_error() has the reason, naming the argument,
- * what it was and what is allowed. No call synchronises with a device or keeps a pointer after it returns. None but
- * the FP64 reference allocates: scratch memory is the caller's (ask the matching *_workspace function for its size).
+ * what it was and what is allowed. No call synchronises with a device or keeps a pointer after it returns, but for one
+ * that asks a GPU for reports (adaattn_forward_args.heads). None but those, calls on GPUs with plans and the FP64
+ * reference allocates: scratch memory is the caller's (ask the matching *_workspace function for its size).
  * Calls may come from any number of threads at once.
  */
 #ifndef ADAATTN_ADAATTN_H_
@@ -90,7 +91,8 @@ typedef enum adaattn_precision {
   ADAATTN_PRECISION_FLOAT8 = 4 /* e4m3 */
 } adaattn_precision;
 
-/* What becomes of a tile of 64 keys seen from a panel of neighbouring queries. */
+/* What becomes of a tile of 64 keys seen from a panel of neighbouring queries; on GPUs of a block of 128 keys seen from
+ * the neighbouring queries, 64 to 256 of them, that the kernel takes at once, which is high or dropped. */
 typedef enum adaattn_tile_class {
   ADAATTN_TILE_HIDDEN = 0,        /* no query of the panel sees it */
   ADAATTN_TILE_DROPPED = 1,       /* left out by the screen, not scored */
@@ -102,7 +104,9 @@ typedef enum adaattn_tile_class {
 } adaattn_tile_class;
 
 /* How one (batch, query head) is, or was, carried out. The numbers in it are thresholds on shares of a row's softmax,
- * so that a plan suits other inputs of the head, too; never positions of tiles. */
+ * so that a plan suits other inputs of the head, too; never positions of tiles. On GPUs heads are dense, or tiled with
+ * screen as the only threshold, in steps of half a power of two down to -8.3: the others, pooled and the precisions of
+ * a given plan are not looked at, for products are in the inputs' type. */
 typedef struct adaattn_head_plan {
   int32_t form;          /* adaattn_form */
   int32_t precision;     /* adaattn_precision of dense heads and of high tiles */
@@ -121,12 +125,14 @@ typedef enum adaattn_guarantee {
   ADAATTN_BOUNDED = 1   /* every tile is scored, and an upper bound on each head's error is kept below the budget */
 } adaattn_guarantee;
 
-/* What one (batch, query head) took. Tiles are 64 keys by one panel of neighbouring queries; dense heads count none. */
+/* What one (batch, query head) took. Tiles are 64 keys by one panel of neighbouring queries, on GPUs 128 keys by as
+ * many queries as the kernel takes at once, 64 to 256; dense heads count none. */
 typedef struct adaattn_head_report {
   adaattn_head_plan plan; /* that gave the output; form is what the head ran as */
   int32_t escalations;    /* times the head was run again because its error was not accepted */
   int32_t reserved;       /* 0 */
-  double estimated_error; /* relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads */
+  double estimated_error; /* relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads, and
+                             for dense heads on GPUs */
   double estimated_limit; /* upper end of the estimate's confidence interval: what is held below the budget */
   double error_bound;     /* upper bound on it; INFINITY where none is known */
   double work;            /* multiply-adds, planning and verification included, over those of dense attention; 8-bit
@@ -147,7 +153,8 @@ typedef struct adaattn_head_report {
                              error_bound) */
 } adaattn_head_report;
 
-/* Wall time of a call's stages, in seconds. Calls that run no stages (exact ones) count as attend. */
+/* Wall time of a call's stages, in seconds. Calls that run no stages (exact ones) count as attend. NaN on GPUs, which
+ * are still at work when a call returns. */
 typedef struct adaattn_stage_times {
   double measure, plan, attend, verify;
 } adaattn_stage_times;
@@ -167,11 +174,13 @@ typedef struct adaattn_forward_args {
   void* workspace; /* adaattn_forward_workspace() bytes, 64-byte aligned, on q's device */
   size_t workspace_bytes;
   void* stream;                   /* cudaStream_t for CUDA tensors, else NULL */
-  adaattn_head_report* heads;     /* [B, Hq] contiguous, in host memory, written; or NULL */
+  adaattn_head_report* heads;     /* [B, Hq] contiguous, in host memory, written; or NULL. On GPUs kernels that use a
+                                     budget then wait for the stream, and refuse one that is being captured */
   const adaattn_head_plan* plans; /* [B, Hq] contiguous, in host memory: what each head starts with; it is judged, and
                                      made more careful if need be, as the engine's own; or NULL: all automatic */
   uint8_t* tile_classes;          /* [B, Hq, ceil(Nq / P), ceil(Nk / 64)] contiguous, P = adaattn_panel_rows():
-                                     adaattn_tile_class of each tile, for adaattn_backward; written; or NULL */
+                                     adaattn_tile_class of each tile, for adaattn_backward; written; or NULL. CPU
+                                     tensors only */
   adaattn_stage_times* times;     /* written; or NULL */
   float* summarised_mass; /* [B, Hq, Nq] contiguous, share of the row's softmax in tiles that means of v stand for:
                              summarised ones, and pooled ones as their pools have it; or NULL. CPU tensors only, as the

@@ -197,8 +197,15 @@ def measure(
     _library.check(status)
 
 
-def describe(problem: tuple[View, View, View, View | None, View] | None, statistics: bool, options: Options) -> str:
-    """adaattn_describe as JSON text, about the machine alone if problem (q, k, v, mask, out) is None."""
+def describe(
+    problem: tuple[View, View, View, View | None, View] | None,
+    statistics: bool,
+    options: Options,
+    key_lengths: bool = False,
+    plans: int = 0,
+) -> str:
+    """adaattn_describe as JSON text, about the machine alone if problem (q, k, v, mask, out) is None; plans is an
+    address, or 0."""
     library = _library.library()
     pointer = None
     if problem is not None:
@@ -207,8 +214,8 @@ def describe(problem: tuple[View, View, View, View | None, View] | None, statist
         name = _kernel_name(options)
         wanted = 64 if statistics else 0  # only NULL or not is looked at
         _FORWARD.pack_into(
-            args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 0,
-            *flat(options, addressof(name) if name else 0), *[0] * 9,
+            args, 0, *q, *k, *v, *(mask or NO_VIEW), *out, 64, wanted, wanted, 64 if key_lengths else 0,
+            *flat(options, addressof(name) if name else 0), 0, 0, 0, 0, plans, 0, 0, 0, 0,
         )  # fmt: skip
         pointer = byref(args)
     needed = ctypes.c_size_t()

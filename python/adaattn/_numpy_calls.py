@@ -39,10 +39,11 @@ class _Workspace:
 
 
 def attention(
-    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions, *_: Any
-) -> tuple[Array, ...]:
+    q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, enable_gqa: bool, options: CallOptions, plan: Plan | None,
+    *_: Any,
+) -> tuple[Array, ...]:  # fmt: skip
     """(out, lse)."""
-    return _run(q, k, v, attn_mask, key_lengths, enable_gqa, options, None, False, False)
+    return _run(q, k, v, attn_mask, key_lengths, enable_gqa, options, plan, False, False)
 
 
 def attention_reported(
@@ -106,6 +107,11 @@ def effective(options: CallOptions, *_: Any) -> CallOptions:
     return options
 
 
+def waits_for_reports(q: Any) -> bool:
+    """Whether asking for reports by head holds up the caller."""
+    return False
+
+
 def backward(
     q: Any, k: Any, v: Any, attn_mask: Any, key_lengths: Any, out: Any, lse: Any, dout: Any, options: CallOptions
 ) -> tuple[Array, Array, Array]:
@@ -131,11 +137,24 @@ def backward(
     return dq, dk, dv
 
 
-def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
+def describe(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    key_lengths: Any,
+    enable_gqa: bool,
+    options: CallOptions,
+    plan: Plan | None,
+    statistics: bool,
+) -> str:
     """What the table says about the problem, as JSON text."""
-    problem = _Problem(q, k, v, attn_mask, None, enable_gqa)
+    problem = _Problem(q, k, v, attn_mask, key_lengths, enable_gqa)
+    plans = None if plan is None else plan.records(*q.shape[:2])
     out = packed(problem.q[1], problem.q[2], problem.out_shape)
-    return _calls.describe((problem.q, problem.k, problem.v, problem.mask, out), statistics, options)
+    views = problem.q, problem.k, problem.v, problem.mask, out
+    address = 0 if plans is None else int(plans.ctypes.data)
+    return _calls.describe(views, statistics, options, problem.lengths is not None, address)
 
 
 def reference(

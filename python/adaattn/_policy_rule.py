@@ -14,6 +14,10 @@ largest rise that it may cause: no step is taken twice because its effect has no
 A miss (the engine ran the head again) takes the engine's more careful plan, or a step back, whichever is more careful,
 at once; relaxing waits for PATIENCE quiet calls and goes in small steps. Nothing tightens without a miss: part of an
 error may be that of a precision, which no threshold lowers.
+
+On GPUs thresholds are left to the engine, which finds them for each head of each batch entry on the way, from that
+call's own rows: a kept one, for the worst entry of calls before, could only be more careful and would save nothing.
+What is kept there is which heads run densely, so that nobody looks at them (`followed`).
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ PATIENCE = 4  # calls without a miss before a head relaxes
 FIRST_REST = 16  # calls that a head stays dense before it is planned again
 MOST_REST = 1024  # each failed retry doubles the rest up to this
 LEAST_SAVING = 0.02  # of the dense work; a head that saves less runs dense
+LEAST_SAVING_ON_DEVICE = 0.1  # there looks cost more time than their multiply-adds say
 LARGEST_SHARE = math.log(0.5)
 
 
@@ -134,9 +139,10 @@ def log_ratio(held: float, budget: float) -> float:
     return max(math.log(held / (AIM * budget)), LEAST_X) if held > 0 else LEAST_X
 
 
-def next_rule(state: HeadState) -> HeadRule:
+def next_rule(state: HeadState, *, on_device: bool = False) -> HeadRule:
     """The rule to hand to the engine. A retry stays due until a call tells how it went."""
-    return HeadRule(AUTOMATIC) if state.rule.form == DENSE and state.rest == 0 else state.rule
+    planned_anew = state.rest == 0 if state.rule.form == DENSE else on_device
+    return HeadRule(AUTOMATIC) if planned_anew else state.rule
 
 
 def updated(state: HeadState, seen: Seen) -> HeadState:
@@ -160,6 +166,16 @@ def updated(state: HeadState, seen: Seen) -> HeadState:
     quiet = state.patience == 0
     state = replace(state, failures=0) if quiet else replace(state, patience=state.patience - 1)
     return _moved(state)
+
+
+def followed(state: HeadState, seen: Seen) -> HeadState:
+    """The state after a call that started with next_rule(state, on_device=True): a head that ran densely in most
+    entries, or saved nothing with what ran again counted, rests."""
+    if seen.rule.form == DENSE or seen.work > 1 - LEAST_SAVING_ON_DEVICE:
+        return _rested(state, replace(seen.rule, form=DENSE), seen.escalated)
+    if state.trend is None:  # its first call, or a retry
+        return HeadState(seen.rule, trend=seen.x, failures=state.failures)
+    return HeadState(seen.rule, trend=(1 - WEIGHT) * state.trend + WEIGHT * seen.x)
 
 
 def _moved(state: HeadState) -> HeadState:

@@ -24,13 +24,19 @@ def attention(
     key_lengths: Any,
     enable_gqa: bool,
     options: CallOptions,
+    plan: Plan | None = None,
     backward: Backward = "exact",
 ) -> tuple[Tensor, ...]:
     """(out, lse)."""
     if options.error > 0 and backward == "consistent" and _records(q, k, v):
-        return attention_reported(q, k, v, attn_mask, key_lengths, enable_gqa, options, None, False, backward)[:2]
+        return attention_reported(q, k, v, attn_mask, key_lengths, enable_gqa, options, plan, False, backward)[:2]
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
-    results: tuple[Tensor, ...] = torch_op.call(torch_op.forward_op, q, k, v, attn_mask, key_lengths, *options)
+    inputs = q, k, v, attn_mask, key_lengths
+    results: tuple[Tensor, ...]
+    if plan is None:
+        results = torch_op.call(torch_op.forward_op, *inputs, *options)
+    else:
+        results = torch_op.call(torch_op.forward_planned_op, *inputs, *options, _words(plan, q))
     return results
 
 
@@ -48,7 +54,7 @@ def attention_reported(
 ) -> tuple[Tensor, ...]:
     """(out, lse, heads, times), and (entropy, max_probability) if statistics are wanted; heads: raw reports."""
     attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
-    plans = None if plan is None else torch.tensor(plan.words(q.shape[0], q.shape[1]), dtype=torch.int32)
+    plans = None if plan is None else _words(plan, q)
     op = torch_op.forward_statistics_op if statistics else torch_op.forward_reported_op
     rest: tuple[Any, ...] = (*options, plans)
     if options.error > 0 and backward == "consistent" and _records(q, k, v):
@@ -66,12 +72,26 @@ def backward(
     return gradients
 
 
+def _words(plan: Plan, q: Tensor) -> Tensor:
+    """The C structs of a plan."""
+    return torch.tensor(plan.words(q.shape[0], q.shape[1]), dtype=torch.int32)
+
+
 def effective(options: CallOptions, backward: Backward, *inputs: Any) -> CallOptions:
     """The options that attention() runs with. Calls that record an exact gradient run exactly: with the out and lse of
-    an approximate forward pass the error of an exact backward pass would be twice that."""
-    if options.error > 0 and backward == "exact" and _records(*inputs):
+    an approximate forward pass the error of an exact backward pass would be twice that. On GPUs none other is known."""
+    if options.error > 0 and (backward == "exact" or _on_gpu(inputs[0])) and _records(*inputs):
         return options._replace(error=0.0)
     return options
+
+
+def waits_for_reports(q: Any) -> bool:
+    """Whether asking for reports by head holds up the caller: those of GPUs are there once the call has run."""
+    return _on_gpu(q)
+
+
+def _on_gpu(q: Any) -> bool:
+    return isinstance(q, Tensor) and q.is_cuda
 
 
 def _records(*inputs: Any) -> bool:
@@ -80,13 +100,25 @@ def _records(*inputs: Any) -> bool:
     return torch.is_grad_enabled() and wanted
 
 
-def describe(q: Any, k: Any, v: Any, attn_mask: Any, enable_gqa: bool, statistics: bool, options: CallOptions) -> str:
+def describe(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    key_lengths: Any,
+    enable_gqa: bool,
+    options: CallOptions,
+    plan: Plan | None,
+    statistics: bool,
+) -> str:
     """What the table says about the problem, as JSON text."""
-    attn_mask, _ = _checked(q, k, v, attn_mask, None, enable_gqa)
+    attn_mask, key_lengths = _checked(q, k, v, attn_mask, key_lengths, enable_gqa)
+    plans = None if plan is None else _words(plan, q)
     views = view("q", q, q), view("k", k, q), view("v", v, q)
     mask = None if attn_mask is None else view("attn_mask", attn_mask, q, is_mask=True)
     out = packed(views[0][1], views[0][2], (*q.shape[:3], v.shape[3]))
-    return _calls.describe((*views, mask, out), statistics, options)
+    address = 0 if plans is None else plans.data_ptr()
+    return _calls.describe((*views, mask, out), statistics, options, key_lengths is not None, address)
 
 
 def reference(

@@ -65,7 +65,7 @@ def forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def forward_reported_results(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """(out, lse, heads, times), the last two in host memory in any case."""
+    """(out, lse, heads, times), the last two in host memory in any case: a call on a GPU that uses a budget waits."""
     heads = torch.zeros((*q.shape[:2], HEAD_REPORT_WORDS), dtype=torch.int64)
     return *forward_results(q, v), heads, torch.zeros(STAGES, dtype=torch.float64)
 
@@ -96,6 +96,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
     return _run_forward(q, k, v, attn_mask, key_lengths, options, forward_results)
+
+
+def forward_planned(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_lengths: Tensor | None, *options_and_plans: Any
+) -> tuple[Tensor, ...]:
+    *options, plans = options_and_plans
+    return _run_forward(q, k, v, attn_mask, key_lengths, options, forward_results, plans)
 
 
 def forward_reported(

@@ -49,18 +49,20 @@ def attention(
         k: Keys (B, Hk, Nk, D), dtype of q.
         v: Values (B, Hk, Nk, Dv), dtype of q.
         error: Budget for the relative Frobenius error of each (batch, query head) of the output before it is rounded
-            to its dtype, >= 0. 0 asks for exact attention. On CPUs, long sequences without a mask use it: each head's
-            error is measured on evenly spaced rows, and a head that is over its budget runs again. Exact kernels meet
-            every budget and run in all other cases, gradients included; the metrics say so.
+            to its dtype, >= 0. 0 asks for exact attention. Long sequences without a mask use it, on CPUs and, in
+            float16 and bfloat16 from 5e-3 on, on Hopper GPUs: each head's error is measured on some rows, and a head
+            that is over its budget runs again. Exact kernels meet every budget and run in all other cases, gradients
+            included; the metrics say so.
         guarantee: What the budget promises. "measured": each head's error is estimated from rows that are computed
             exactly, too. "bounded": every tile is scored, and an upper bound on each head's error is kept below the
-            budget, which leaves less to save.
+            budget, which leaves less to save; on GPUs such calls run exactly.
         plan: What each head starts with, for example another call's `metrics.heads.plan`; it is judged as the engine's
             own, and heads over budget run again. None: the engine plans. Not with error=0.
         backward: With torch, what error > 0 means for calls that record a gradient. "exact": they run exactly.
             "consistent": they use the budget, and the gradient is that of what was computed, with the classes of tiles
             as constants and scores rounded as they were. Of most heads of language models dk and dv are one to two
-            times as wrong as the output, dq up to five times (`adaattn gradients` measures it).
+            times as wrong as the output, dq up to five times (`adaattn gradients` measures it). On GPUs they run
+            exactly all the same.
         is_causal: Hide every key after the diagonal. As in torch, not together with attn_mask.
         attn_mask: 1 to 4 dimensions, broadcastable to (B, Hq, Nq, Nk). Bool: True shows the key. Float32 or the dtype
             of q: added to the scaled scores. It gets no gradient; one that requires it is refused.
@@ -68,7 +70,8 @@ def attention(
         enable_gqa: Allow Hk < Hq where Hk divides Hq; query head h reads key head h * Hk // Hq.
         return_lse: Also return the natural log of each row's sum of exponentials, (B, Hq, Nq) in float32, -inf where a
             row sees no key. It is not differentiable.
-        return_metrics: Also return an `adaattn.Metrics`.
+        return_metrics: Also return an `adaattn.Metrics`. On GPUs a call that uses its budget then waits until it has
+            run, which a CUDA graph cannot capture.
         alignment: Where the diagonal of is_causal and window lies if Nq != Nk: "top_left" puts query 0 at key 0 (as
             torch does), "bottom_right" the last query at the last key (queries that follow a KV cache).
         window: (left, right): hide keys more than left before or right after the diagonal; None is no limit.
@@ -86,13 +89,15 @@ def attention(
         NotImplementedError: well-formed, but no kernel takes it; the message has each kernel's reasons.
     """
     options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
-    if plan is None and not return_metrics:
+    if not return_metrics:
         _refuse_both(is_causal, attn_mask)
         calls, backward = _calls_for(q), _options.checked_backward(backward)
         gqa = _options.flag("enable_gqa", enable_gqa)
-        out, lse = calls.attention(
-            q, k, v, attn_mask, key_lengths, gqa, calls.effective(options, backward, q, k, v), backward
-        )
+        plan = checked_plan(plan, options.error)
+        options = calls.effective(options, backward, q, k, v)
+        if options.error == 0:
+            plan = None
+        out, lse = calls.attention(q, k, v, attn_mask, key_lengths, gqa, options, plan, backward)
         return (out, lse) if return_lse else out
     result, _, _ = attention_reported(
         q,
@@ -148,7 +153,10 @@ def attention_reported(
     asked, options = options, calls.effective(options, backward, q, k, v)
     if options.error == 0:
         plan = None
-    facts, statistics = _facts(calls, q, k, v, attn_mask, gqa, options) if return_metrics else ({}, False)
+    facts: dict[str, Any] = {}
+    statistics = False
+    if return_metrics:
+        facts, statistics = _facts(calls, q, k, v, attn_mask, key_lengths, gqa, options, plan)
     out, lse, words, times, *rows = calls.attention_reported(
         q, k, v, attn_mask, key_lengths, gqa, options, plan, statistics, backward
     )
@@ -261,6 +269,7 @@ def describe(
     alignment: Alignment = "top_left",
     window: Window | None = None,
     sinks: int = 0,
+    key_lengths: Any = None,
     kernel: str | None = None,
 ) -> dict[str, Any]:
     """What this machine can run, or with q, k and v which kernels would take that call of `attention`.
@@ -280,7 +289,7 @@ def describe(
         text = _describe_library(None, False, CallOptions())
     else:
         gqa = _options.flag("enable_gqa", enable_gqa)
-        text = _calls_for(q).describe(q, k, v, attn_mask, gqa, bool(return_metrics), options)
+        text = _calls_for(q).describe(q, k, v, attn_mask, key_lengths, gqa, options, None, bool(return_metrics))
     facts: dict[str, Any] = json.loads(text)
     return facts
 
@@ -309,7 +318,7 @@ def _metrics(
     k: Any,
     rows: Sequence[Any],
     heads: HeadReports,
-    seconds: dict[str, float],
+    seconds: dict[str, float] | None,
     asked: CallOptions,
     options: CallOptions,
 ) -> Metrics:
@@ -344,14 +353,57 @@ def _precision(facts: dict[str, Any], q: Any, heads: HeadReports) -> str:
     return "float32"
 
 
-def _facts(
-    calls: ModuleType, q: Any, k: Any, v: Any, attn_mask: Any, gqa: bool, options: CallOptions
-) -> tuple[dict[str, Any], bool]:
-    """What the table says about the call, and whether a kernel takes it with statistics."""
+def _facts(calls: ModuleType, *call: Any) -> tuple[dict[str, Any], bool]:
+    """What the table says about the call, and whether it is made with statistics: not if no kernel takes it so, and not
+    if that costs it its budget. call: as calls.describe takes it, without the last."""
+    *_, options, _ = call
     try:
-        return json.loads(calls.describe(q, k, v, attn_mask, gqa, True, options)), True
+        facts: dict[str, Any] = json.loads(calls.describe(*call, True))
     except NotImplementedError:  # perhaps only because of the statistics
-        return json.loads(calls.describe(q, k, v, attn_mask, gqa, False, options)), False
+        return json.loads(calls.describe(*call, False)), False
+    if options.error > 0 and not facts["chosen"].endswith(_options.BUDGETED):
+        without: dict[str, Any] = json.loads(calls.describe(*call, False))
+        if without["chosen"].endswith(_options.BUDGETED):
+            return without, False
+        facts["kernels"] = without["kernels"]  # statistics are not why they decline
+    return facts, True
+
+
+def uses_budget(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    error: float,
+    guarantee: Guarantee = "measured",
+    plan: Plan | None = None,
+    backward: Backward = "exact",
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alignment: Alignment = "top_left",
+    window: Window | None = None,
+    sinks: int = 0,
+    key_lengths: Any = None,
+    kernel: str | None = None,
+    **_: Any,
+) -> bool:
+    """Whether a kernel that uses budgets takes this call of attention(). Raises as that does."""
+    options = _options.make_options(error, is_causal, scale, alignment, window, sinks, kernel, guarantee)
+    _refuse_both(is_causal, attn_mask)
+    calls = _calls_for(q)
+    options = calls.effective(options, _options.checked_backward(backward), q, k, v)
+    gqa = _options.flag("enable_gqa", enable_gqa)
+    if options.error == 0:
+        return False
+    facts = json.loads(calls.describe(q, k, v, attn_mask, key_lengths, gqa, options, plan, False))
+    return bool(facts["chosen"].endswith(_options.BUDGETED))
+
+
+def waits_for_reports(q: Any) -> bool:
+    """Whether a call on such inputs that reports by head waits until it has run."""
+    return bool(_calls_for(q).waits_for_reports(q))
 
 
 def _row_mean(rows: Any) -> Any:
@@ -366,7 +418,8 @@ def _fallback(facts: dict[str, Any], statistics: bool, asked: CallOptions, optio
     chosen = facts["chosen"]
     reasons = []
     if not statistics:
-        reasons.append("no kernel that takes this call reports entropy and largest probability")
+        budgeted = f" within error={options.error:g}" if options.error > 0 else ""
+        reasons.append(f"no kernel that takes this call{budgeted} reports entropy and largest probability")
     if asked.error > 0 and options.error == 0:
         reasons.append(f"error={asked.error:g} is met exactly: calls that record a gradient run exact kernels")
     elif asked.error > 0 and not chosen.endswith(_options.BUDGETED):

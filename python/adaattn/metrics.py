@@ -22,7 +22,8 @@ _STAGES = tuple(field[0] for field in StageTimes._fields_)
 class HeadReports:
     """What each (batch, query head) took: NumPy arrays (B, Hq).
 
-    Tiles are 64 keys by one panel of neighbouring queries; dense heads count none.
+    Tiles are 64 keys by one panel of neighbouring queries, on GPUs 128 keys by the 64 to 256 queries that the kernel
+    takes at once; dense heads count none.
     """
 
     plan: Plan
@@ -30,7 +31,8 @@ class HeadReports:
     escalations: npt.NDArray[np.int32]
     """Times that the head ran again because its error was not accepted."""
     estimated_error: npt.NDArray[np.float64]
-    """Relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads."""
+    """Relative Frobenius error, measured on evenly spaced rows; 0 for dense float32 heads, and for dense heads on
+    GPUs."""
     estimated_limit: npt.NDArray[np.float64]
     """Upper end of the estimate's confidence interval, which is what is held below the budget."""
     error_bound: npt.NDArray[np.float64]
@@ -128,8 +130,8 @@ class Metrics:
     memory_saved_gb: float
     """10^9 bytes that the scores B * Hq * Nq * Nk would take in the dtype of q; no kernel here writes them out."""
     seconds: dict[str, float] | None
-    """Wall time of the stages "measure", "plan", "attend" and "verify"; exact kernels attend only. None if the call was
-    handed to PyTorch or no kernel reports by head."""
+    """Wall time of the stages "measure", "plan", "attend" and "verify"; exact kernels attend only. None on GPUs, which
+    are still at work when a call returns, and if the call was handed to PyTorch."""
     heads: HeadReports | None
     """By head, or None if the call was handed to PyTorch or no kernel reports by head."""
     fallback: str | None
@@ -145,9 +147,10 @@ class Metrics:
         return json.dumps(self.to_dict(), **options)
 
 
-def stage_seconds(times: Any) -> dict[str, float]:
-    """The C library's four stage times by name."""
-    return dict(zip(_STAGES, times.tolist(), strict=True))
+def stage_seconds(times: Any) -> dict[str, float] | None:
+    """The C library's four stage times by name; None if it does not know them."""
+    seconds = times.tolist()
+    return None if any(map(math.isnan, seconds)) else dict(zip(_STAGES, seconds, strict=True))
 
 
 def average_rank(heads: HeadReports | None, count: int, dense_rank: int) -> float:

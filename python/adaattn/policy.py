@@ -20,7 +20,7 @@ from adaattn import _policy_rule as rule
 from adaattn._options import Guarantee, checked_error, checked_guarantee
 from adaattn._policy_json import from_dict, to_dict
 from adaattn._policy_rule import HeadRule, HeadState, Key, LayerState, Seen, key_of
-from adaattn.functional import attention, attention_reported
+from adaattn.functional import attention, attention_reported, uses_budget, waits_for_reports
 from adaattn.metrics import HeadReports, stage_seconds
 from adaattn.plan import Plan, load, parse
 
@@ -68,8 +68,11 @@ class Policy:
     Layers that are torch modules are numbered "0", "1", ... in the order of their first calls, which for a model is the
     same in every process; a saved policy therefore fits the same model run in the same order.
 
-    Calls that run exactly (short sequences, masks, gradients) and compiled code neither use nor change it. It may be
-    used from several threads at once. A copy of a module shares the policy; a pickled one has a policy of its own.
+    Calls that run exactly (short sequences, masks, gradients) and compiled code neither use nor change it. On GPUs,
+    where each call finds its thresholds itself, a policy only keeps which heads to run densely without a look, and a
+    call that uses its budget waits until it has run, for the policy to read what it measured; without a policy nothing
+    waits. CUDA graphs cannot be captured with one. It may be used from several threads at once. A copy of a module
+    shares the policy; a pickled one has a policy of its own.
     """
 
     def __init__(self) -> None:
@@ -96,14 +99,18 @@ class Policy:
         # attention() says what is wrong with a q that has no heads.
         if error == 0 or _is_traced(q) or getattr(q, "ndim", 0) != 4:
             return attention(q, k, v, error=error, guarantee=guarantee, **options)
+        on_device = waits_for_reports(q)
+        if on_device and not uses_budget(q, k, v, error=error, guarantee=guarantee, **options):
+            return attention(q, k, v, error=error, guarantee=guarantee, **options)
         name = self.layer_name(layer)
         tokens = min(q.shape[2], k.shape[2]) if getattr(k, "ndim", 0) == 4 else 0
-        plan = self.next_plan(name, q.shape[1], tokens, error=error, guarantee=guarantee)
+        plan = self.next_plan(name, q.shape[1], tokens, error=error, guarantee=guarantee, on_device=on_device)
         result, words, times = attention_reported(q, k, v, error=error, guarantee=guarantee, plan=plan, **options)
         seconds = stage_seconds(times)
         # Exact kernels run no stages but attend: such a call says nothing about its heads.
-        if seconds["measure"] + seconds["plan"] + seconds["verify"] > 0:
-            self.record(name, HeadReports.from_words(words), tokens, error=error, guarantee=guarantee)
+        if seconds is None or seconds["measure"] + seconds["plan"] + seconds["verify"] > 0:
+            reports = HeadReports.from_words(words)
+            self.record(name, reports, tokens, error=error, guarantee=guarantee, on_device=on_device)
         return result
 
     def layer_name(self, layer: object) -> str:
@@ -123,10 +130,18 @@ class Policy:
             return name
 
     def next_plan(
-        self, layer: str, heads: int, tokens: int, *, error: float, guarantee: Guarantee = "measured"
+        self,
+        layer: str,
+        heads: int,
+        tokens: int,
+        *,
+        error: float,
+        guarantee: Guarantee = "measured",
+        on_device: bool = False,
     ) -> Plan:
         """The plan (1, heads) that the layer's next call should start with; tokens is its min(Nq, Nk).
 
+        on_device: the call is one on a GPU, which only needs to know which heads to run densely.
         Raises PolicyMismatchError if the state of the layer is for another number of heads.
         """
         error, guarantee = checked_error(error), checked_guarantee(guarantee)
@@ -139,12 +154,20 @@ class Policy:
                     "another model; use a new adaattn.Policy()"
                 )
         states = _states(kept, heads, error, guarantee)
-        return _plan_of(tuple(map(rule.next_rule, states)))
+        return _plan_of(tuple(rule.next_rule(state, on_device=on_device) for state in states))
 
     def record(
-        self, layer: str, reports: HeadReports, tokens: int, *, error: float, guarantee: Guarantee = "measured"
+        self,
+        layer: str,
+        reports: HeadReports,
+        tokens: int,
+        *,
+        error: float,
+        guarantee: Guarantee = "measured",
+        on_device: bool = False,
     ) -> None:
-        """Learns from what a call that started with next_plan(layer, ...) reported (`metrics.heads`)."""
+        """Learns from what a call that started with next_plan(layer, ..., on_device=on_device) reported
+        (`metrics.heads`)."""
         held = reports.error_bound if guarantee == "bounded" else reports.estimated_limit
         if reports.work.size == 0:
             return
@@ -157,7 +180,8 @@ class Policy:
         with self._lock:
             key = key_of(layer, tokens)
             states = _states(self._layers.get(key), heads, error, guarantee)
-            states = tuple(rule.updated(state, each) for state, each in zip(states, seen, strict=True))
+            learned = rule.followed if on_device else rule.updated
+            states = tuple(learned(state, each) for state, each in zip(states, seen, strict=True))
             self._layers[key] = LayerState(error, guarantee, states)
             self._calls += 1
             self._heads += reports.work.size

@@ -1,5 +1,5 @@
-"""The torch operators adaattn::forward, forward_reported, forward_statistics, forward_recorded, backward,
-backward_recorded and merge, their autograd and autocast.
+"""The torch operators adaattn::forward, forward_planned, forward_reported, forward_statistics, forward_recorded,
+backward, backward_recorded and merge, their autograd and autocast.
 
 Importing this module registers them once. `adaattn.attention` and `adaattn.merge` are the way to call them, except for
 torch.ops.adaattn.backward(dout, q, k, v, attn_mask, key_lengths, out, lse, *options) -> (dq, dk, dv), which takes any
@@ -22,6 +22,7 @@ from adaattn._torch_kernels import (
     backward_kernels,
     backward_recorded,
     forward,
+    forward_planned,
     forward_recorded,
     forward_reported,
     forward_reported_results,
@@ -54,6 +55,7 @@ _unpack_dual: Any = forward_ad.unpack_dual
 _lib = _library.Library("adaattn", "DEF")
 for _schema in (
     f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"forward_planned({_INPUTS}, {_OPTIONS}, Tensor plans) -> (Tensor out, Tensor lse)",
     f"forward_reported({_INPUTS}, {_OPTIONS}, Tensor? plans) -> (Tensor out, Tensor lse, {_REPORTS})",
     f"forward_statistics({_INPUTS}, {_OPTIONS}, Tensor? plans) -> (Tensor out, Tensor lse, {_REPORTS}, "
     "Tensor entropy, Tensor max_probability)",
@@ -67,6 +69,7 @@ for _schema in (
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 forward_op = torch.ops.adaattn.forward.default
+forward_planned_op = torch.ops.adaattn.forward_planned.default
 forward_reported_op = torch.ops.adaattn.forward_reported.default
 forward_statistics_op = torch.ops.adaattn.forward_statistics.default
 forward_recorded_op = torch.ops.adaattn.forward_recorded.default
@@ -77,6 +80,7 @@ merge_op = torch.ops.adaattn.merge.default
 
 for _name, _kernel in (
     ("forward", forward),
+    ("forward_planned", forward_planned),
     ("forward_reported", forward_reported),
     ("forward_statistics", forward_statistics),
     ("forward_recorded", forward_recorded),
@@ -111,6 +115,7 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 for _name, _fake in (
     ("adaattn::forward", _forward_fake),
+    ("adaattn::forward_planned", _forward_fake),
     ("adaattn::forward_reported", _forward_reported_fake),
     ("adaattn::forward_statistics", _forward_statistics_fake),
     ("adaattn::forward_recorded", _forward_recorded_fake),
@@ -174,7 +179,7 @@ def _refuse_merge_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     )
 
 
-for _name in ("forward", "forward_reported", "forward_statistics", "forward_recorded"):
+for _name in ("forward", "forward_planned", "forward_reported", "forward_statistics", "forward_recorded"):
     _library.register_autograd(f"adaattn::{_name}", _differentiate, setup_context=_save, lib=_lib)
 for _name in ("backward", "backward_recorded"):
     _library.register_autograd(f"adaattn::{_name}", _refuse_double_backward, lib=_lib)
@@ -269,6 +274,6 @@ def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-for _op in (forward_op, forward_reported_op, forward_statistics_op, forward_recorded_op):
+for _op in (forward_op, forward_planned_op, forward_reported_op, forward_statistics_op, forward_recorded_op):
     for _device in ("cpu", "cuda"):
         _register_autocast(_op, _device)

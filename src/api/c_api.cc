@@ -53,10 +53,16 @@ adaattn_status workspace(const Args* args, std::size_t* bytes) {
   });
 }
 
+// Of exact kernels: CPUs multiply in float32, matrix units of GPUs in the inputs' type.
+adaattn_precision exact_precision(const adaattn_tensor& q) {
+  if (q.device == ADAATTN_CPU || q.dtype == ADAATTN_FLOAT32) return ADAATTN_PRECISION_FLOAT32;
+  return q.dtype == ADAATTN_FLOAT16 ? ADAATTN_PRECISION_FLOAT16 : ADAATTN_PRECISION_BFLOAT16;
+}
+
 // What the kernels of a budget overwrite.
 void report_dense(const adaattn_forward_args& args) {
   adaattn_head_report dense{};
-  dense.plan = dense_plan(ADAATTN_PRECISION_FLOAT32);
+  dense.plan = dense_plan(exact_precision(args.q));
   dense.error_bound = std::numeric_limits<double>::infinity();
   dense.work = 1;
   const double unasked = std::numeric_limits<double>::quiet_NaN();
@@ -73,13 +79,17 @@ void report_dense(const adaattn_forward_args& args) {
 }
 void report_dense(const adaattn_backward_args&) {}
 
-// Of kernels that have no stages.
-void count_as_attend(const adaattn_forward_args& args, double seconds) {
+// Kernels that have no stages count as attend. What a GPU takes is not known when the call returns.
+void complete_times(const adaattn_forward_args& args, double seconds) {
   if (args.times == nullptr) return;
   adaattn_stage_times& times = *args.times;
-  if (times.measure + times.plan + times.attend + times.verify == 0) times.attend = seconds;
+  constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+  if (args.q.device != ADAATTN_CPU)
+    times = {.measure = kUnknown, .plan = kUnknown, .attend = kUnknown, .verify = kUnknown};
+  else if (times.measure + times.plan + times.attend + times.verify == 0)
+    times.attend = seconds;
 }
-void count_as_attend(const adaattn_backward_args&, double) {}
+void complete_times(const adaattn_backward_args&, double) {}
 
 template <typename Args>
 adaattn_status run(const Args* args) {
@@ -90,7 +100,7 @@ adaattn_status run(const Args* args) {
     report_dense(*args);
     const auto start = std::chrono::steady_clock::now();
     kernel.run(*args);
-    count_as_attend(*args, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    complete_times(*args, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   });
 }
 

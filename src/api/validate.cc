@@ -208,6 +208,8 @@ void validate(const adaattn_forward_args& args, Need need) {
   check_array("times", args.times, alignof(adaattn_stage_times));
   check_array("summarised_mass", args.summarised_mass, 4);
   check_array("omitted_mass", args.omitted_mass, 4);
+  if (args.q.device != ADAATTN_CPU && args.tile_classes != nullptr)
+    refuse("tile_classes is given, but q is on cuda: must be NULL there, only kernels for CPUs tell them");
   if (args.q.device != ADAATTN_CPU && (args.summarised_mass != nullptr || args.omitted_mass != nullptr))
     refuse(args.summarised_mass != nullptr ? "summarised_mass" : "omitted_mass",
            " is given, but q is on cuda: must be NULL there, only kernels for CPUs account for masses");

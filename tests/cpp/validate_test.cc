@@ -245,6 +245,14 @@ std::vector<Refusal> forward_refusals() {
       {"max_probability_misaligned",
        [](Call& c) { c.forward.max_probability = misaligned(c.lse.data()); },
        {"max_probability is misaligned"}},
+      {"tile_classes_on_cuda",
+       [](Call& c) {
+         static std::uint8_t classes[1];
+         c.forward.tile_classes = classes;
+         c.forward.mask = {};
+         c.forward.q.device = c.forward.k.device = c.forward.v.device = c.forward.out.device = ADAATTN_CUDA;
+       },
+       {"tile_classes is given, but q is on cuda", "must be NULL"}},
   };
   all.insert(all.end(), own.begin(), own.end());
   return all;

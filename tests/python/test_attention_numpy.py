@@ -250,7 +250,7 @@ def test_metrics_without_statistics(rng, monkeypatch):
     right = _numpy_calls.describe
 
     def without_statistics(*args):
-        if args[-2]:
+        if args[-1]:
             raise NotImplementedError("none reports the entropy")
         return right(*args)
 
@@ -264,6 +264,42 @@ def test_metrics_without_statistics(rng, monkeypatch):
     # What no kernel takes at all is still refused.
     with pytest.raises(ValueError, match="kernel is"):
         adaattn.attention(q, k, v, enable_gqa=True, return_metrics=True, kernel="none")
+
+
+def test_a_budget_goes_before_statistics(rng, monkeypatch):
+    """Where only kernels without a budget report them, as on GPUs."""
+    q, k, v = rng.standard_normal((3, 1, 1, 4096, 16), dtype=np.float32)
+    right = _numpy_calls.describe
+
+    def exact_with_statistics(*args):
+        facts = json.loads(right(*args))
+        return json.dumps(facts | {"chosen": "cpu_flash"} if args[-1] else facts)
+
+    monkeypatch.setattr(_numpy_calls, "describe", exact_with_statistics)
+    _, metrics = adaattn.attention(q, k, v, error=0.1, return_metrics=True)
+    assert metrics.kernel == "cpu_adaptive"
+    assert metrics.entropy is None
+    assert metrics.fallback == "no kernel that takes this call within error=0.1 reports entropy and largest probability"
+    _, metrics = adaattn.attention(q, k, v, return_metrics=True)
+    assert metrics.kernel == "cpu_flash"
+    assert metrics.entropy is not None
+
+
+def test_describe_knows_of_key_lengths(rng, monkeypatch):
+    seen = []
+    right = _numpy_calls._calls.describe
+
+    def listening(*args):
+        seen.append(args[3:])
+        return right(*args)
+
+    monkeypatch.setattr(_numpy_calls._calls, "describe", listening)
+    q, k, v = problem(rng)
+    adaattn.describe(q, k, v, enable_gqa=True)
+    adaattn.describe(q, k, v, enable_gqa=True, key_lengths=[3, 4])
+    assert seen == [(False, 0), (True, 0)]
+    with pytest.raises(ValueError, match="key_lengths"):
+        adaattn.describe(q, k, v, enable_gqa=True, key_lengths=[3])
 
 
 def test_merge_of_key_splits_is_the_whole(rng):

@@ -275,6 +275,14 @@ def test_metrics_of_an_exact_call(rng):
     assert np.isnan(metrics.avg_rank)
 
 
+def test_times_that_are_not_known():
+    """Those of GPUs."""
+    from adaattn.metrics import stage_seconds
+
+    assert stage_seconds(np.full(4, np.nan)) is None
+    assert stage_seconds(np.arange(4.0)) == {"measure": 0, "plan": 1, "attend": 2, "verify": 3}
+
+
 def test_precisions_and_rank_of_what_ran():
     from adaattn._library import HEAD_REPORT_WORDS, HeadReport
     from adaattn.metrics import HeadReports, average_rank

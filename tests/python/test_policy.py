@@ -181,6 +181,70 @@ class TestStep:
         assert rule.log_ratio(0.1, 0.1) == pytest.approx(rule.REFUSED)
 
 
+class TestOnDevice:
+    """Engines on GPUs, which find thresholds in each call."""
+
+    def test_tiled_heads_stay_the_engines_to_plan(self):
+        state = HeadState()
+        for screen in (-3.0, -2.5, -5.0):
+            assert rule.next_rule(state, on_device=True) == HeadRule("automatic")
+            state = rule.followed(state, seen(replace(TILED, screen=screen)))
+            assert state.rule.screen == screen
+        state = rule.followed(state, seen(TILED, escalated=True))  # in few entries of a batch
+        assert rule.next_rule(state, on_device=True) == HeadRule("automatic")
+
+    @pytest.mark.parametrize(
+        "found",
+        [
+            seen(HeadRule("dense"), x=rule.LEAST_X, work=1.08),  # judged to save too little
+            seen(HeadRule("dense"), escalated=True, x=rule.LEAST_X, work=1.4),  # over its budget in most entries
+            seen(TILED, escalated=True, work=1.05),  # over it in few, which cost what the others save
+            seen(TILED, work=0.95),
+        ],
+    )
+    def test_heads_that_save_nothing_rest_and_are_tried_ever_more_rarely(self, found):
+        dense, state, rests = seen(HeadRule("dense"), x=rule.LEAST_X, work=1.0), HeadState(), []
+        for _ in range(12):
+            assert rule.next_rule(state, on_device=True).form == "automatic"
+            state = rule.followed(state, found)
+            rests.append(state.rest)
+            for _ in range(state.rest):
+                assert rule.next_rule(state, on_device=True).form == "dense"
+                state = rule.followed(state, dense)
+        assert rests[:3] == [rule.FIRST_REST, 2 * rule.FIRST_REST, 4 * rule.FIRST_REST]
+        assert rests[-1] == rule.MOST_REST
+        for failures in (12, 0):  # a retry that saves has to do so twice
+            state = rule.followed(state, seen())
+            assert state.failures == failures
+        assert rule.followed(state, found).rest == rule.FIRST_REST
+
+    def test_reports_of_a_batch(self):
+        """Reports as sm90_adaptive makes them: heads that ran again are dense ones, without an estimate."""
+        policy, kept = adaattn.Policy(), {"error": BUDGET, "on_device": True}
+        form = np.array([[1, 0, 1, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
+        escalations = np.array([[0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]])
+        work = np.where(form == 1, np.array([[0.4, 0, 0.93, 0.4]]), 1.08) + 0.5 * escalations
+        limit = np.where(form == 1, 0.008, 0.0)
+        first = reports(batch=3, heads=4, form=form, escalations=escalations, work=work, limit=limit, precision=2)
+        assert policy.next_plan("a", 4, TOKENS, **kept) == Plan.automatic(1, 4)
+        policy.record("a", first, TOKENS, **kept)
+        forms = policy.next_plan("a", 4, TOKENS, **kept).form.tolist()
+        assert forms == [["automatic", "dense", "dense", "dense"]]
+        found = policy.statistics()
+        assert (found.calls, found.heads, found.escalated, found.dense) == (1, 12, 3, 6)
+        again = adaattn.Policy.from_json(policy.to_json())
+        assert again.next_plan("a", 4, TOKENS, **kept).form.tolist() == forms
+
+    def test_a_layer_of_dense_heads_runs_exactly_between_retries(self):
+        """An exact kernel's reports are those of dense heads."""
+        policy, kept, planned = adaattn.Policy(), {"error": BUDGET, "on_device": True}, []
+        for _ in range(2 * rule.FIRST_REST):
+            form = policy.next_plan("a", 2, TOKENS, **kept).form[0, 0]
+            planned.append(form)
+            policy.record("a", reports(form=0, limit=0.0, work=1.08 if form == "automatic" else 1.0), TOKENS, **kept)
+        assert [at for at, form in enumerate(planned) if form == "automatic"] == [0, rule.FIRST_REST + 1]
+
+
 def report_words(
     batch=1, heads=2, form=1, limit=0.0064, escalations=0, work=0.5, screen=-3.0, bound=math.inf, precision=0
 ):
@@ -694,6 +758,27 @@ class TestEngine:
         assert (found.calls, found.heads) == (6, 12)
         assert found.work < 0.9
         assert found.escalated <= 2
+
+    def test_the_loop_where_reports_are_waited_for(self, monkeypatch):
+        """As on GPUs: calls without a budget ask for none, and times are not known."""
+        asked = []
+        reported = policy_module.attention_reported
+
+        def counting(*args, **options):
+            asked.append(args[0].shape[2])
+            return reported(*args, **options)
+
+        monkeypatch.setattr(policy_module, "waits_for_reports", lambda q: True)
+        monkeypatch.setattr(policy_module, "attention_reported", counting)
+        monkeypatch.setattr(policy_module, "stage_seconds", lambda times: None)
+        policy = adaattn.Policy()
+        q, k, v = self.inputs(0)
+        short = q[:, :, :40], k[:, :, :40], v[:, :, :40]
+        for inputs in ((q, k, v), short, (q, k, v)):
+            policy.attention("a", *inputs, is_causal=True, error=self.ERROR)
+        assert asked == [self.TOKENS] * 2
+        assert policy.statistics().calls == 2
+        assert policy.plan("a", self.TOKENS).form[0, 0] == "tiled"
 
     def test_a_plan_runs_again(self):
         q, k, v = self.inputs(0)
