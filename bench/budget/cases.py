@@ -1,7 +1,7 @@
 """The heads that budgets are tried on: (data set, name, q, k, v, causal) of real models and of seeded generators.
 
-Synthetic heads are float32 (1, 4, 4096, D). `usual` ones have the shapes that models' heads are known for; `hostile`
-ones are built to mislead whoever judges a head by some of its rows.
+Synthetic heads are float32 (1, 4, 4096, D) here; tests on GPUs make other sizes of them. `usual` ones have the shapes
+that models' heads are known for; `hostile` ones are built to mislead whoever judges a head by some of its rows.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ class Case:
 class Source:
     """Seeded tensors of one generator."""
 
-    def __init__(self, name: str, dim: int):
-        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        self.dim = dim
+    def __init__(self, name: str, dim: int, tokens: int = TOKENS, heads: int = HEADS, device: str = "cpu"):
+        self.generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        self.dim, self.tokens, self.heads, self.device = dim, tokens, heads, device
 
     def normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*(shape or (1, HEADS, TOKENS, self.dim)), generator=self.generator)
+        shape = shape or (1, self.heads, self.tokens, self.dim)
+        return torch.randn(*shape, generator=self.generator, device=self.device)
 
     def triple(self) -> Heads:
         return self.normal(), self.normal(), self.normal()
 
     def places(self, count: int, low: int, high: int) -> torch.Tensor:
         """Distinct integers."""
-        return low + torch.randperm(high - low, generator=self.generator)[:count]
+        return low + torch.randperm(high - low, generator=self.generator, device=self.device)[:count]
 
     def direction(self) -> torch.Tensor:
         """One unit vector per head."""
-        return torch.nn.functional.normalize(self.normal(1, HEADS, 1, self.dim), dim=-1)
+        return torch.nn.functional.normalize(self.normal(1, self.heads, 1, self.dim), dim=-1)
 
     def local(self, strength: float = 1.5) -> Heads:
         """Scores that are large near the diagonal alone, as a rotary embedding makes them."""
-        speed = 0.002 * torch.arange(1, self.dim // 2 + 1)
-        angle = torch.arange(TOKENS)[:, None] * speed
-        turning = strength * torch.stack([angle.cos(), angle.sin()], -1).reshape(TOKENS, self.dim)
+        speed = 0.002 * torch.arange(1, self.dim // 2 + 1, device=self.device)
+        angle = torch.arange(self.tokens, device=self.device)[:, None] * speed
+        turning = strength * torch.stack([angle.cos(), angle.sin()], -1).reshape(self.tokens, self.dim)
         return turning + 0.3 * self.normal(), turning + 0.3 * self.normal(), self.normal()
 
 
@@ -67,7 +68,7 @@ def outlier_channels(s: Source) -> Heads:
 
 def key_bias(s: Source) -> Heads:
     q, k, v = s.local()
-    return q, k + 8 * s.normal(1, HEADS, 1, s.dim), v  # the softmax does not see it; 8-bit keys do
+    return q, k + 8 * s.normal(1, s.heads, 1, s.dim), v  # the softmax does not see it; 8-bit keys do
 
 
 def peaked(s: Source) -> Heads:
@@ -86,7 +87,7 @@ def sinks(s: Source) -> Heads:
 def spikes(s: Source) -> Heads:
     """Half the rows find one far key each."""
     q, k, v = s.local()
-    rows = s.places(TOKENS // 2, 64, TOKENS)
+    rows = s.places(s.tokens // 2, 64, s.tokens)
     k[:, :, torch.div(rows, 2, rounding_mode="floor")] += 2 * q[:, :, rows]
     return q, k, v
 
@@ -104,11 +105,12 @@ def huge_logits(s: Source) -> Heads:
 
 
 def video(s: Source) -> Heads:
-    """Tokens of a 16 x 16 x 16 grid with smooth features and values (random Fourier features)."""
-    grid = torch.stack(torch.meshgrid(*[torch.arange(16.0)] * 3, indexing="ij"), -1).reshape(TOKENS, 3)
+    """Tokens of a grid, 16 x 16 x 16 for 4,096 of them, with smooth features and values (random Fourier features)."""
+    sides = (torch.arange(float(side), device=s.device) for side in (s.tokens // 256, 16, 16))
+    grid = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).reshape(s.tokens, 3)
 
     def smooth(width: float) -> torch.Tensor:
-        phase = grid @ s.normal(1, HEADS, 3, s.dim) / width + 6.3 * s.normal(1, HEADS, 1, s.dim)
+        phase = grid @ s.normal(1, s.heads, 3, s.dim) / width + 6.3 * s.normal(1, s.heads, 1, s.dim)
         return math.sqrt(2) * phase.cos()
 
     field = smooth(5)
@@ -127,15 +129,15 @@ def scores_with_values(s: Source) -> Heads:
     """Inside every tile, keys that score high have other values than those that score low."""
     q, k, v = s.local()
     u, w = s.direction(), s.direction()
-    sign = s.normal(1, HEADS, TOKENS, 1).sign()
+    sign = s.normal(1, s.heads, s.tokens, 1).sign()
     return q + 3 * u, k + 3 * sign * u, 0.5 * v + 3 * sign * w
 
 
 def hidden_needles(s: Source) -> Heads:
     """Eight rows each find a key in a direction that hardly another row has, and its value outweighs all others."""
     q, k, v = s.local()
-    rows = s.places(8, TOKENS // 2, TOKENS) | 1
-    keys = s.places(8, 64, TOKENS // 2 - 64)
+    rows = s.places(8, s.tokens // 2, s.tokens) | 1
+    keys = s.places(8, 64, s.tokens // 2 - 64)
     u = s.direction()
     q[:, :, rows] += 12 * u
     k[:, :, keys] += 12 * u
@@ -165,24 +167,24 @@ def burst(s: Source) -> Heads:
     """24 neighbouring rows look everywhere, at values far larger than what the other rows see."""
     q, k, v = s.local(2)
     u = s.direction()
-    first = TOKENS - 700 + 4
-    q[:, :, first : first + 24] = 9 * u + s.normal(1, HEADS, 24, s.dim)
-    k[:, :, 64 : TOKENS - 1500 : 7] += 2 * u
-    v[:, :, 64 : TOKENS - 1500 : 7] *= 30
+    first = s.tokens - 700 + 4
+    q[:, :, first : first + 24] = 9 * u + s.normal(1, s.heads, 24, s.dim)
+    k[:, :, 64 : s.tokens - 1500 : 7] += 2 * u
+    v[:, :, 64 : s.tokens - 1500 : 7] *= 30
     return q, k, v
 
 
 def value_norms(s: Source) -> Heads:
     """Norms of v over four decades, by stretches of 64 tokens."""
     q, k, v = s.local()
-    decades = 4 * torch.rand(1, HEADS, TOKENS // 64, 1, generator=s.generator) - 2
+    decades = 4 * torch.rand(1, s.heads, s.tokens // 64, 1, generator=s.generator, device=s.device) - 2
     return q, k, v * (10**decades).repeat_interleave(64, 2)
 
 
 def fading_values(s: Source) -> Heads:
     """Norms of v fall by 1e4 along the sequence: the first rows are the whole norm of the output."""
     q, k, v = s.local()
-    return q, k, v * 10 ** torch.linspace(0, -4, TOKENS)[:, None]
+    return q, k, v * 10 ** torch.linspace(0, -4, s.tokens, device=s.device)[:, None]
 
 
 def late_change(s: Source) -> Heads:
@@ -195,7 +197,7 @@ def late_change(s: Source) -> Heads:
 def periodic(s: Source) -> Heads:
     """One row of 16 looks near, the others far: evenly spaced rows may see one kind alone."""
     q, k, v = s.local()
-    far = torch.arange(TOKENS) % 16 != 0
+    far = torch.arange(s.tokens, device=s.device) % 16 != 0
     q[:, :, far] = 0.2 * q[:, :, far]
     return q, k, v
 

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "python"))  # without an installation, the sources
 from adaattn import _library
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+REPORT = np.dtype(_library.HeadReport)
+PLAN = np.dtype(_library.HeadPlan)
 LIBRARY = _library.library()
 LIBRARY.adaattn_default_options.restype = _library.Options
 
@@ -62,7 +65,8 @@ class _Call:
 
 
 class Forward(_Call):
-    """adaattn_forward."""
+    """adaattn_forward. With reports, a call fills `reports` [B, Hq] of REPORT, and waits for its stream if a budget is
+    used; plans [B, Hq] of PLAN."""
 
     def __init__(
         self,
@@ -76,16 +80,23 @@ class Forward(_Call):
         mask: torch.Tensor | None = None,
         entropy: torch.Tensor | None = None,
         max_probability: torch.Tensor | None = None,
+        reports: bool = False,
+        plans: np.ndarray | None = None,
         **options: object,
     ) -> None:
         args = _library.ForwardArgs(q=view(q), k=view(k), v=view(v), out=view(out))
+        self.reports = np.zeros(tuple(q.shape[:2]), REPORT)
+        if reports:
+            args.heads = self.reports.ctypes.data
+        if plans is not None:
+            args.plans = plans.ctypes.data
         if mask is not None:
             args.mask = view(mask)
         arrays = {"lse": lse, "entropy": entropy, "max_probability": max_probability, "key_lengths": key_lengths}
         for name, array in arrays.items():
             if array is not None:
                 setattr(args, name, array.data_ptr())
-        super().__init__("forward", args, [q, k, v, out, mask, arrays], q.device, **options)
+        super().__init__("forward", args, [q, k, v, out, mask, arrays, plans], q.device, **options)
 
     def chosen(self) -> str:
         """The kernel that takes the call."""

@@ -44,6 +44,46 @@ def attention(
     return p @ v.double().repeat_interleave(q.shape[1] // k.shape[1], 1), lse
 
 
+def by_head(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    bottom_right: bool = False,
+    kept: torch.Tensor | None = None,
+    scale: float | None = None,
+    rows: int = 2048,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, Hq, Nq, Dv] and lse [B, Hq, Nq] in FP64 as `attention`, but head by head and so many queries at a time:
+    for sequences whose scores do not fit into memory. kept [B, Hq, Nq / 64, Nk / 128], both rounded up: which blocks of
+    keys count for which 64 queries."""
+    (b, hq, nq, dim), nk, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+    out = torch.zeros(b, hq, nq, v.shape[3], dtype=torch.float64, device=q.device)
+    lse = torch.empty(b, hq, nq, dtype=torch.float64, device=q.device)
+    diagonal = nk - nq if bottom_right else 0
+    key = torch.arange(nk, device=q.device)
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    for i in range(b * hq):
+        at = divmod(i, hq)
+        k64, v64 = (t[at[0], at[1] // group].double() for t in (k, v))
+        for first in range(0, nq, rows):
+            part = slice(first, min(first + rows, nq))
+            end = min(nk, max(part.stop + diagonal, 0)) if causal else nk  # no query of the part sees keys from it on
+            scores = q[at][part].double() @ k64[:end].T * scale
+            if causal:
+                query = torch.arange(part.start, part.stop, device=q.device)[:, None]
+                scores.masked_fill_(key[:end] > query + diagonal, -math.inf)
+            if kept is not None:
+                strips = kept[at].repeat_interleave(64, 0)[part].repeat_interleave(128, 1)
+                scores.masked_fill_(~strips[:, :end], -math.inf)
+            sums = torch.logsumexp(scores, -1)
+            lse[at][part] = sums
+            p = scores.sub_(torch.where(sums == -math.inf, 0.0, sums)[:, None]).exp_()
+            out[at][part] = p @ v64[:end]
+    return out, lse
+
+
 def softmax(
     q: torch.Tensor,
     k: torch.Tensor,

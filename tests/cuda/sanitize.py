@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from binding import Backward, Forward, merge
+from binding import PLAN, Backward, Forward, merge
+from made_heads import cases, near
 
 
 def filled(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -133,6 +135,27 @@ def byte_scores() -> None:
             check(2, 2, 130, key_lengths=torch.tensor([130, 33]).cuda(), **options)
 
 
+def budgets() -> None:
+    """The engine for budgets, all its stages: heads that lose blocks, that cannot, and that run again."""
+    again = np.full((1, 4), np.array((1, 0, 0, 0, 0, -1e-3, -np.inf, 0), PLAN))
+    for dim, dtype, causal in ((64, torch.bfloat16, 1), (40, torch.float16, 0), (128, torch.float16, 1)):
+        made = [x.to(dtype) for x in near(cases.Source("near", dim, 1300, 4))]
+        made[0][:, 3], made[1][:, 3] = (torch.randn(1300, dim) for _ in range(2))  # has no low rank
+        made[1:] = [x[:, :: 2 if dim == 40 else 1] for x in made[1:]]
+        q, k, v = (torch.zeros(x.shape, dtype=dtype, device="cuda") for x in made)
+        for tensor, values in zip((q, k, v), made, strict=True):
+            tensor.copy_(values)
+        out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device="cuda")
+        for plans in (None, again):
+            options = {"error": 3e-2, "causal": causal, "kernel": b"sm90_adaptive"}
+            call = Forward(q, k, v, out, lse, reports=True, plans=plans, **options)
+            call()
+            torch.cuda.synchronize()
+            assert out.cpu().isfinite().all()
+            assert lse.cpu().isfinite().all()
+            assert (call.reports["tiles"] > 0).any() or plans is not None
+
+
 def main() -> None:
     """Runs them; compute-sanitizer judges."""
     for dim in (64, 128, 256):
@@ -174,6 +197,7 @@ def main() -> None:
     warp_products()
     float32()
     byte_scores()
+    budgets()
     print("done")
 
 
