@@ -50,7 +50,7 @@ def attention(
         v: Values (B, Hk, Nk, Dv), dtype of q.
         error: Budget for the relative Frobenius error of each (batch, query head) of the output before it is rounded
             to its dtype, >= 0. 0 asks for exact attention. Long sequences without a mask use it, on CPUs and, in
-            float16 and bfloat16 from 5e-3 on, on Hopper GPUs: each head's error is measured on some rows, and a head
+            float16 and bfloat16 from 2.5e-2 on, on Hopper GPUs: each head's error is measured on some rows, and a head
             that is over its budget runs again. Exact kernels meet every budget and run in all other cases, gradients
             included; the metrics say so.
         guarantee: What the budget promises. "measured": each head's error is estimated from rows that are computed
