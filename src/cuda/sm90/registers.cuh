@@ -35,6 +35,12 @@ __device__ __forceinline__ void pack_operand(std::uint32_t (&packed)[kCount], co
   }
 }
 
+// The four threads of a row add up what each has of it.
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
+  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
+}
+
 // Four lanes side by side hold word j of piece j's four in register j each; after it lane j holds all of piece j.
 __device__ __forceinline__ uint4 transpose_quad(const std::uint32_t (&words)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;

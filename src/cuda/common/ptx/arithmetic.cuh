@@ -33,12 +33,14 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
   return result;
 }
 
-// Four values rounded to e4m3, the first lowest; what is beyond 448 becomes that.
+// Two or four values rounded to e4m3, the first lowest; what is beyond 448 becomes that.
+__device__ __forceinline__ std::uint32_t pack_e4m3(float a, float b) {
+  std::uint16_t result;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(b), "f"(a));
+  return result;
+}
 __device__ __forceinline__ std::uint32_t pack_e4m3(float a, float b, float c, float d) {
-  std::uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return low | static_cast<std::uint32_t>(high) << 16;
+  return pack_e4m3(a, b) | pack_e4m3(c, d) << 16;
 }
 
 // The larger of two float16 each; NaN loses. Two in a row become one instruction.

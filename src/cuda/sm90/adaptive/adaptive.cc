@@ -61,20 +61,16 @@ AdaptiveShape shape_of(const Args& args) {
           .tile_rows = listed_tile_rows(args)};
 }
 
-struct Engine {
-  AdaptiveArrays arrays;
-  unsigned* counters;  // the tickets, and the next items of the two rounds
-  std::size_t counter_count;
-  int* given;  // [QH] levels of the caller's plans
-};
+static_assert(kListedKeys == kBlockKeys, "lists are of the screen's blocks");
 
-Engine lay_out(const Args& args, Scratch& scratch) {
+std::size_t counter_count(const AdaptiveShape& shape) { return static_cast<std::size_t>(shape.query_heads()) + 3; }
+
+AdaptiveArrays lay_out(const Args& args, Scratch& scratch) {
   const AdaptiveShape s = shape_of(args);
   const auto kh = static_cast<std::size_t>(s.key_heads()), qh = static_cast<std::size_t>(s.query_heads());
   const auto dim = static_cast<std::size_t>(s.dim), blocks = static_cast<std::size_t>(s.blocks());
   const auto tiles = static_cast<std::size_t>(s.tiles()), chunks = static_cast<std::size_t>(s.chunks());
-  Engine engine{};
-  AdaptiveArrays& a = engine.arrays;
+  AdaptiveArrays a{};
   a.y = scratch.take<std::uint16_t>(kh * kScreenRank * dim);
   a.z = scratch.take<std::uint16_t>(kh * kScreenRank * dim);
   a.y_means = scratch.take<float>(kh * kScreenRank);
@@ -91,13 +87,12 @@ Engine lay_out(const Args& args, Scratch& scratch) {
   a.kept = scratch.take<std::uint16_t>(qh * tiles);
   a.exact_out = scratch.take<float>(qh * kProbeRows * dim);
   a.level_sums = scratch.take<LevelSums>(qh * kDecideParts * kLevels);
-  engine.counter_count = qh + 1 + 2;
-  engine.counters = a.tickets = scratch.take<unsigned>(engine.counter_count);
+  a.counters = scratch.take<unsigned>(counter_count(s));
   a.states = scratch.take<HeadState>(qh);
   a.missed = scratch.take<int>(qh);
   a.missed_count = scratch.take<int>(1);
-  if (args.plans != nullptr) a.given = engine.given = scratch.take<int>(qh);
-  return engine;
+  if (args.plans != nullptr) a.given = scratch.take<int>(qh);
+  return a;
 }
 
 constexpr double kPowerOfLevel = 0.6931471805599453 / static_cast<double>(kLevelsPerPower);
@@ -165,14 +160,13 @@ void run(const Args& args) {
   if (args.heads != nullptr) refuse_while_captured(args);
   const AdaptiveShape shape = shape_of(args);
   Scratch scratch(args.workspace);
-  const Engine engine = lay_out(args, scratch);
-  const AdaptiveArrays& arrays = engine.arrays;
+  const AdaptiveArrays arrays = lay_out(args, scratch);
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  ADAATTN_CUDA_CHECK(cudaMemsetAsync(engine.counters, 0, engine.counter_count * sizeof(unsigned), stream));
+  ADAATTN_CUDA_CHECK(cudaMemsetAsync(arrays.counters, 0, counter_count(shape) * sizeof(unsigned), stream));
   if (args.plans != nullptr) {
     std::vector<int> levels(static_cast<std::size_t>(shape.query_heads()));
     std::transform(args.plans, args.plans + shape.query_heads(), levels.begin(), level_of);
-    set_levels(levels, engine.given, stream);
+    set_levels(levels, arrays.given, stream);
   }
   const Rows16 q = rows_of(args.q), k = rows_of(args.k), v = rows_of(args.v);
   launch_basis(shape, q, k, arrays, stream);
@@ -180,7 +174,7 @@ void run(const Args& args) {
   launch_screen(shape, q, arrays, stream);
   launch_order(shape, arrays, stream);
   launch_decide(shape, arrays, stream);
-  unsigned* const next_item = engine.counters + shape.query_heads() + 1;
+  unsigned* const next_item = arrays.counters + shape.query_heads() + 1;
   ForwardLists lists{
       .order = arrays.order, .count = arrays.kept, .heads = nullptr, .head_count = nullptr, .blocks = shape.blocks()};
   attend_listed(args, lists, next_item);

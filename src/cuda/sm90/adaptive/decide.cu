@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads)
   sum_levels<kDim>(shape, arrays, head, sums);
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(&arrays.tickets[head], kDecideParts - 1) == kDecideParts - 1;
+  if (threadIdx.x == 0) last = atomicInc(&arrays.counters[head], kDecideParts - 1) == kDecideParts - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();

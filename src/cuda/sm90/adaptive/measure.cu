@@ -6,6 +6,7 @@
 
 #include "cuda/common/check.h"
 #include "cuda/common/device.h"
+#include "cuda/common/once.h"
 #include "cuda/common/ptx/mbarrier.cuh"
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/ptx/warpgroup.cuh"
@@ -192,9 +193,13 @@ void launch(const AdaptiveShape& shape, const Rows16& q, const Rows16& k, const 
             cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(MeasureMemory<kDim>);
   static_assert(kSharedBytes <= 227 * 1024);
-  ADAATTN_CUDA_CHECK(
-      cudaFuncSetAttribute(measure_kernel<kDim, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int grid = std::min(shape.query_heads() * shape.chunks(), current_device().multiprocessors);
+  const Device device = current_device();
+  static OncePerDevice prepared;
+  prepared.run(device.index, [] {
+    ADAATTN_CUDA_CHECK(
+        cudaFuncSetAttribute(measure_kernel<kDim, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  });
+  const int grid = std::min(shape.query_heads() * shape.chunks(), device.multiprocessors);
   measure_kernel<kDim, T><<<static_cast<unsigned>(grid), kThreads, kSharedBytes, stream>>>(
       shape, q, map_of(k, shape, shape.dim_qk), map_of(v, shape, shape.dim_v), to);
   ADAATTN_CUDA_CHECK(cudaGetLastError());

@@ -11,13 +11,6 @@
 
 namespace adaattn::cuda::sm90 {
 
-// Two e4m3 numbers, low in the lower byte; the largest, 448, stands for what lies beyond.
-__device__ __forceinline__ std::uint32_t pack_e4m3(float low, float high) {
-  std::uint16_t result;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(high), "f"(low));
-  return result;
-}
-
 // k y - y_means of 16 keys, in k8's order from the block's first byte on. Returns whether k y is finite. means:
 // y_means, in global memory.
 template <int kDim, typename T>
@@ -47,7 +40,7 @@ __device__ __forceinline__ bool screen_keys(std::uint32_t k, std::uint32_t y, co
       const float low = sums[t][rows * 2], high = sums[t][rows * 2 + 1];
       finite = finite && fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX;
       const float2 mean = __ldg(reinterpret_cast<const float2*>(means + t * 8 + lane % 4 * 2));
-      pairs[t] = key < existing ? pack_e4m3(low - mean.x, high - mean.y) : 0;
+      pairs[t] = key < existing ? ptx::pack_e4m3(low - mean.x, high - mean.y) : 0;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // even lanes get four ranks of tile 2 half, odd ones of the next

@@ -6,7 +6,6 @@
 
 #include "cuda/common/ptx/arithmetic.cuh"
 #include "cuda/common/ptx/wgmma_rs.cuh"
-#include "cuda/common/ptx/wgmma_rs_rows.cuh"
 #include "cuda/sm90/adaptive/tile16.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -55,7 +54,8 @@ struct ProbeRows {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step)
-      ptx::wgmma_rs_rows<T>(scores, q + step * 4, k.at((step / 4 * kBlockKeys + span) * 128 + step % 4 * 32), step > 0);
+      ptx::wgmma_rs<T, false>(scores, q + step * 4, k.at((step / 4 * kBlockKeys + span) * 128 + step % 4 * 32),
+                              step > 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);

@@ -1,4 +1,5 @@
 #include "cuda/common/check.h"
+#include "cuda/common/device.h"
 #include "cuda/common/once.h"
 #include "cuda/sm90/adaptive/screen.cuh"
 
@@ -20,10 +21,8 @@ static_assert(ScreenShared<ForMany>::bytes(kMostBlocks) <= 227 * 1024, "a block 
 template <typename T, int kDim, typename Config>
 void launch(const ScreenParams& params, int most_blocks, cudaStream_t stream) {
   const auto kernel = screen_kernel<T, kDim, Config>;
-  int device = 0;
-  ADAATTN_CUDA_CHECK(cudaGetDevice(&device));
   static OncePerDevice prepared;
-  prepared.run(device, [&] {
+  prepared.run(current_device().index, [&] {
     ADAATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             ScreenShared<Config>::bytes(most_blocks)));
   });

@@ -93,7 +93,7 @@ struct HeadState {
 
 // In the caller's workspace; KH = key_heads(), QH = query_heads().
 struct AdaptiveArrays {
-  const int* given;  // [QH] levels that the caller gives; negative: to be chosen. Null: all are
+  int* given;  // [QH] levels that the caller gives; negative: to be chosen. Null: all are
   // basis
   std::uint16_t* y;  // [KH][kScreenRank][dim], in the inputs' type; zeros from dim_qk on
   std::uint16_t* z;  // [KH][kScreenRank][dim], times scale_log2, likewise
@@ -118,8 +118,8 @@ struct AdaptiveArrays {
   std::uint16_t* kept;    // [QH][tiles] blocks that the tile visits
   float* exact_out;       // [QH][kProbeRows][dim], of screened heads
   LevelSums* level_sums;  // [QH][kDecideParts][kLevels]
-  unsigned* tickets;      // [QH + 1] start at 0, and end there
-  HeadState* states;      // [QH]
+  unsigned* counters;  // [QH + 3] start at 0: of each head's parts, of heads verified, and attend's next items, twice
+  HeadState* states;   // [QH]
   // verify
   int* missed;        // [QH] heads that run again
   int* missed_count;  // [1]

@@ -6,6 +6,7 @@
 #include "cuda/common/check.h"
 #include "cuda/sm90/adaptive/head.cuh"
 #include "cuda/sm90/adaptive/stages.h"
+#include "cuda/sm90/registers.cuh"
 #include "verify/estimate.h"
 
 namespace adaattn::cuda::sm90 {
@@ -15,6 +16,13 @@ constexpr int kThreads = 4 * kProbeRows, kWarps = kThreads / 32;
 
 __device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ float to_float(__half value) { return __half2float(value); }
+
+// Sums over the 8 rows of a warp whose threads of a row hold the same; every thread gets them.
+__device__ float warp_rows_sum(float value) {
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 4);
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 8);
+  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 16);
+}
 
 template <typename T>
 __device__ ErrorEstimate measure_error(const AdaptiveShape& shape, const Rows16& out, const AdaptiveArrays& arrays,
@@ -32,7 +40,7 @@ __device__ ErrorEstimate measure_error(const AdaptiveShape& shape, const Rows16&
       const float truth = exact[channel + i], error = to_float(found[channel + i]) - truth;
       x = fmaf(error, error, x), y = fmaf(truth, truth, y);
     }
-  x = row_sum(x), y = row_sum(y);
+  x = quad_sum(x), y = quad_sum(y);
   const float counts = shape.seen(query) > 0 ? 1.0f : 0.0f;
   const LevelSums sums = {.x = warp_rows_sum(x),
                           .xx = warp_rows_sum(x * x),
@@ -91,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0)
-    last = atomicInc(&arrays.tickets[heads], static_cast<unsigned>(heads) - 1) == static_cast<unsigned>(heads) - 1;
+    last = atomicInc(&arrays.counters[heads], static_cast<unsigned>(heads) - 1) == static_cast<unsigned>(heads) - 1;
   __syncthreads();
   if (last && threadIdx.x < 32) list_missed(shape, arrays);
 }

@@ -12,12 +12,6 @@
 
 namespace adaattn::cuda::sm90 {
 
-// The four threads of a row add up what each has of it.
-__device__ __forceinline__ float quad_sum(float value) {
-  value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
-  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
-}
-
 // scale_log2 turns the maxima of state to base 2.
 template <bool kStatistics>
 __device__ __forceinline__ RowResult finish_row(const RowState& state, int row, float sum, float scale_log2) {
