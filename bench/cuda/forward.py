@@ -1,4 +1,5 @@
-"""Forward attention on the GPU against SDPA's FlashAttention-2 and cuDNN and, where importable, FlashAttention-3.
+"""Forward attention on the GPU against SDPA's FlashAttention-2 and cuDNN and, where importable, FlashAttention-3
+and 4.
 
 Interleaved within one process, medians of CUDA event times, fresh N(0, 1) inputs; also each one's error against FP64 on
 a few rows. Prints a table, writes JSON. FLOP count: 4 B H Nq Nk D, halved under a causal mask. Calls on few rows are
@@ -8,6 +9,7 @@ bound by memory: TB/s are what q, k, v and out take, once each. Short calls also
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import random
@@ -47,6 +49,7 @@ EXTRA = [
     {"b": 1, "hq": 16, "hk": 16, "nq": 512, "nk": 512, "d": 64, "causal": True},
     {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 128, "causal": False},
     {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 64, "causal": True},
+    {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 128, "causal": True},
     {"b": 8, "hq": 32, "hk": 8, "nq": 1, "nk": 32768, "d": 128, "causal": False},
     {"b": 2, "hq": 32, "hk": 32, "nq": 1, "nk": 32768, "d": 128, "causal": False},
     {"b": 1, "hq": 32, "hk": 8, "nq": 1, "nk": 32768, "d": 128, "causal": False},
@@ -56,6 +59,14 @@ EXTRA = [
     {"b": 8, "hq": 32, "hk": 8, "nq": 8, "nk": 32768, "d": 128, "causal": False},
     {"b": 1, "hq": 8, "hk": 8, "nq": 256, "nk": 32768, "d": 128, "causal": False},
 ]
+
+
+def imported(module: str) -> Callable | None:
+    """flash_attn_func of a FlashAttention that is installed apart from torch."""
+    try:
+        return importlib.import_module(module).flash_attn_func
+    except (ImportError, AttributeError):
+        return None
 
 
 def contestants(
@@ -82,6 +93,15 @@ def contestants(
 
         return call
 
+    def run_flash(attention: Callable) -> Run:
+        qt, kt, vt = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+
+        def call() -> torch.Tensor:
+            result = attention(qt, kt, vt, causal=causal)
+            return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+        return call
+
     runs = {
         "adaattn": run_ours(),
         "cudnn": run_sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -92,18 +112,9 @@ def contestants(
             runs[kernel] = run_ours(kernel)
         except AdaAttnError as reason:
             failed[kernel] = str(reason)
-    try:
-        from fa3_fwd_interface import flash_attn_func
-    except ImportError:
-        pass
-    else:
-        qt, kt, vt = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-
-        def run_fa3() -> torch.Tensor:
-            result = flash_attn_func(qt, kt, vt, causal=causal)
-            return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
-
-        runs["fa3"] = run_fa3
+    for name, module in (("fa3", "fa3_fwd_interface"), ("fa4", "flash_attn.cute")):
+        if (theirs := imported(module)) is not None:
+            runs[name] = run_flash(theirs)
     return runs, failed
 
 

@@ -1,4 +1,4 @@
-// Bulk tensor copies from global to shared memory (PTX ISA, "cp.async.bulk.tensor").
+// Bulk tensor copies between global and shared memory (PTX ISA, "cp.async.bulk.tensor").
 #pragma once
 
 #include <cuda.h>
@@ -18,7 +18,15 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barri
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, to, &map, at, &barrier);
 }
 
-// The same of a [batch, key head, token, head in its group, dim] map.
+// Copies a box to where it starts in a [batch, head, token, dim] tensor; nothing is written outside the tensor. Belongs
+// to this thread's open group of copies (commit_stores in reduce.cuh).
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int dim, int token, int head,
+                                          int batch) {
+  const std::int32_t at[4] = {dim, token, head, batch};
+  ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, &map, at, from);
+}
+
+// load_box of a [batch, key head, token, head in its group, dim] map.
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int dim, int head_in_group,
                                          int token, int key_head, int batch) {
   const std::int32_t at[5] = {dim, head_in_group, token, key_head, batch};

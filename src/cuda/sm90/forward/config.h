@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/sm90/forward/tile_plan.h"
 
@@ -32,6 +33,8 @@ struct ForwardTile {
   bool keeps_reference = false;
   // Visits listed blocks of keys of listed heads (ForwardLists) in place of all that the rows see.
   bool listed = false;
+  // The output goes through shared memory, and from there by the copy engine: whole lines, and few instructions.
+  bool stages_output = false;
   // Half of the exponentials come before the wait for the product with V, not all after it. With kept references only.
   bool half_early = false;
 };
@@ -55,6 +58,9 @@ struct ForwardConfig {
   static constexpr bool kKeepsReference = kTile.keeps_reference, kHalfEarly = kTile.half_early;
   static constexpr bool kListed = kTile.listed;
   static_assert(!kListed || (kOwnQueries && !kPacks && !kParts && !kMasks && kTerms == 1), "not written for these");
+  static constexpr bool kStagesOutput = kTile.stages_output;
+  static_assert(!kStagesOutput || (kOwnQueries && !kPacks && !kParts && !kMasks && kTerms == 1),
+                "not written for these");
   static_assert(!kKeepsReference || (kOwnQueries && !kParts && !kMasks && kTerms == 1), "not written for these");
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // All of a multiprocessor's 65,536 registers, most of them for the accumulators. A launch gives every thread the same
@@ -68,12 +74,23 @@ struct ForwardConfig {
   static constexpr bool kTakeTurns = kConsumers > 1 && !kMasks && kBlocks == 1 && (kDim == 64 || kKeys > 128);
 };
 
+// Rows that a warp writes at once.
+constexpr int kOutputRows = 16;
+
+// What output is staged in: 16 rows a warp, in chunks of 64 columns, with the 128-byte swizzle.
+template <typename Config>
+struct OutputStage {
+  alignas(1024) std::uint16_t rows[4 * Config::kConsumers][Config::kChunks][kOutputRows][64];
+};
+struct NoOutputStage {};
+
 template <typename Config>
 struct ForwardShared {
   using Element = std::uint16_t;
   alignas(1024) Element q[Config::kStoredChunks][Config::kQueries][64];
   alignas(1024) Element k[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
   alignas(1024) Element v[Config::kStages][Config::kStoredChunks][Config::kKeys][64];
+  [[no_unique_address]] std::conditional_t<Config::kStagesOutput, OutputStage<Config>, NoOutputStage> output;
   std::uint64_t q_full[Config::kQueryParts], q_empty[Config::kQueryParts];  // q_full also guards the plan
   std::uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   std::uint64_t v_full[Config::kStages], v_empty[Config::kStages];
@@ -118,7 +135,8 @@ struct ForwardLists {
 };
 
 struct ForwardParams {
-  CUtensorMap q, k, v;  // [batch, head, token, dim], boxes of 64 columns; q of packed tiles has heads in two axes
+  CUtensorMap q, k, v;    // [batch, head, token, dim], boxes of 64 columns; q of packed tiles has heads in two axes
+  CUtensorMap out_boxes;  // of out, boxes of kOutputRows rows; kStagesOutput only
   TileGrid grid;
   void* out;  // [batch, heads, query_count, dim_v]
   std::int64_t out_stride[3];

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/common/ptx/reduce.cuh"
+#include "cuda/common/ptx/tma.cuh"
 #include "cuda/sm90/forward/config.h"
 #include "cuda/sm90/forward/row_result.cuh"
 #include "cuda/sm90/forward/softmax.cuh"
@@ -62,6 +64,48 @@ __device__ __forceinline__ void store_tile(const ForwardParams& params, const Ti
         if (place.exists && column < params.dim_v) *reinterpret_cast<uint2*>(to + column) = piece;
       }
     }
+  }
+}
+
+// The same through shared memory, of instances that stage their output. warp: of the consumers.
+template <typename T, typename Config>
+__device__ __forceinline__ void store_tile_staged(const ForwardParams& params, ForwardShared<Config>& shared,
+                                                  const TilePlan& plan, int tile_row, int warp,
+                                                  const float (&out)[Config::kDim / 2], const RowState& state) {
+  const int lane = threadIdx.x % 32;
+  float inverse[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float sum = quad_sum(state.sum[row]);
+    inverse[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const RowPlace place = place_of_row<Config>(params.grid, plan, tile_row + 8 * row);
+    if (place.exists && lane % 4 == 0)
+      store_row_result<false>(params, plan.batch, place, finish_row<false>(state, row, sum, params.scale_log2));
+  }
+  if (lane == 0) ptx::wait_sources_read();  // of the tile before
+  __syncwarp();
+  auto& rows = shared.output.rows[warp];
+  // A store takes 16 rows and two pieces of 8 columns: lanes 0 to 15 name rows of the first piece, the others of the
+  // second.
+  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&rows[0][lane % 16][0]));
+#pragma unroll
+  for (int j = 0; j < Config::kDim / 16; ++j) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      words[i] = pack<T>(out[8 * j + 2 * i] * inverse[i % 2], out[8 * j + 2 * i + 1] * inverse[i % 2]);
+    const int piece = 2 * (j % 4) + lane / 16;
+    ptx::store_matrices(base + j / 4 * sizeof(rows[0]) + static_cast<std::uint32_t>((piece ^ lane % 8) * 16), words);
+  }
+  ptx::fence_async_proxy();
+  __syncwarp();
+  const int query = plan.first_query + tile_row - lane / 4;
+  if (lane == 0 && query < params.grid.query_count) {
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk)
+      if (64 * chunk < params.dim_v)
+        ptx::store_box(params.out_boxes, rows[chunk], 64 * chunk, query, plan.head, plan.batch);
+    ptx::commit_stores();
   }
 }
 

@@ -30,6 +30,9 @@ struct FineKeys {
 };
 constexpr FineKeys kFine64{.whole = 1024, .at_edges = 2048}, kFine128{.whole = 0, .at_edges = 4096},
     kFineHalf{.whole = 1024, .at_edges = 4096};
+// Up to so many queries and keys one tile of Dim64 takes a head in one step, and finer ones would waste half their
+// rows.
+constexpr std::int64_t kOneStep64 = 128;
 
 // Each use of the kernel, by a function that calls visit with the configuration that a problem of elements T takes.
 template <typename Config64, typename Config128, typename Config256>
@@ -72,7 +75,8 @@ struct Usual {
       if (dim <= 64) return visit(Half64{});
       return fine(kFineHalf) ? visit(Half128Fine{}) : visit(Half128{});
     } else {
-      if (dim <= 64) return fine(kFine64) ? visit(Dim64Fine{}) : visit(Dim64{});
+      const bool one_step = std::max(args.q.shape[2], args.k.shape[2]) <= kOneStep64;
+      if (dim <= 64) return fine(kFine64) && !one_step ? visit(Dim64Fine{}) : visit(Dim64{});
       return fine(kFine128) ? visit(Dim128Fine{}) : visit(Dim128{});
     }
   }
@@ -109,6 +113,7 @@ ForwardParams make_params(const Args& args, const TileGrid& grid) {
   // Without keys no block of them is ever copied, but the kernel's parameters need some map.
   params.k = has_elements(args.k) ? make_tensor_map(args.k, Config::kKeys) : params.q;
   params.v = has_elements(args.v) ? make_tensor_map(args.v, Config::kKeys) : params.q;
+  if constexpr (Config::kStagesOutput) params.out_boxes = make_tensor_map(args.out, kOutputRows);
   params.out = args.out.data;
   std::copy_n(args.out.stride, 3, params.out_stride);
   params.lse = args.lse, params.entropy = args.entropy, params.max_probability = args.max_probability;
@@ -127,10 +132,16 @@ struct ForwardArrays {
   float* part_out;
 };
 
+// Whether items take different times: they are then taken as blocks get free. Of heads that are one tile each, those
+// with different key lengths do.
+bool items_differ(const adaattn_forward_args& args, const TileGrid& grid) {
+  return args.key_lengths != nullptr || (tiles_differ(args) && grid.tiles_per_pack > 1);
+}
+
 template <typename Config>
 ForwardArrays lay_out(const adaattn_forward_args& args, const TileGrid& grid, Scratch& scratch) {
   ForwardArrays arrays{};
-  if (tiles_differ(args)) arrays.next_item = scratch.take<unsigned>(1);
+  if (items_differ(args, grid)) arrays.next_item = scratch.take<unsigned>(1);
   if (grid.parts > 1) {
     const auto rows = static_cast<std::size_t>(item_count(grid) - grid.whole_tiles) * Config::kQueries;
     arrays.part_rows = scratch.take<RowResult>(rows);
@@ -238,8 +249,8 @@ Reasons declines_short(const Args& args) {
   Reasons reasons = declines_plain(args);
   reasons.unless(dim_of(args) <= 128, "D and Dv must be at most 128");
   if (!reasons.empty() || named<Short>(args)) return reasons;
-  return reasons.unless(dim_of(args) <= 64 && args.q.shape[2] <= 256 && args.k.shape[2] <= 256,
-                        "leaves more than 256 tokens, and D over 64, to sm90_forward");
+  return reasons.unless(dim_of(args) <= 64 && args.q.shape[2] <= 128 && args.k.shape[2] <= 128,
+                        "leaves more than 128 tokens, and D over 64, to sm90_forward");
 }
 
 Reasons declines_masks(const Args& args) {

@@ -135,7 +135,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
     const TilePlan& plan = shared.plan[q_place.parity][query_part];  // registers are scarce
     unsigned& failed = shared.failed[q_place.parity][query_part];
     q_place.advance();
-    if (plan.kind == TilePlan::kEnd) return;
+    if (plan.kind == TilePlan::kEnd) break;
     if (kKeeps && plan.kind == TilePlan::kIdle) {
       ptx::arrive(shared.q_empty[query_part]);
       continue;
@@ -301,9 +301,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardShar
       }
     if (Config::kParts && plan.part != TilePlan::kWhole)
       store_part<Config>(params, plan, tile_row(), out, state);
+    else if constexpr (Config::kStagesOutput)
+      store_tile_staged<T, Config>(params, shared, plan, tile_row(), 4 * consumer + ptx::thread_in_warpgroup() / 32,
+                                   out, state);
     else
       store_tile<T, Config>(params, plan, tile_row(), out, state);
   }
+  if constexpr (Config::kStagesOutput) ptx::wait_sources_read();  // shared memory ends with the block
 }
 
 template <typename T, typename Config>

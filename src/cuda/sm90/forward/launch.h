@@ -8,30 +8,53 @@
 namespace adaattn::cuda::sm90 {
 
 // bfloat16, which keeps references.
-using Dim64 = ForwardConfig<ForwardTile{
-    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .keeps_reference = true}>;
+using Dim64 = ForwardConfig<ForwardTile{.dim = 64,
+                                        .consumers = 3,
+                                        .keys = 128,
+                                        .stages = 4,
+                                        .own_queries = true,
+                                        .keeps_reference = true,
+                                        .stages_output = true}>;
 // Smaller steps waste less at the diagonal and at the end of a short sequence.
-using Dim64Fine = ForwardConfig<ForwardTile{
-    .dim = 64, .consumers = 4, .keys = 64, .stages = 4, .own_queries = true, .keeps_reference = true}>;
+using Dim64Fine = ForwardConfig<ForwardTile{.dim = 64,
+                                            .consumers = 4,
+                                            .keys = 64,
+                                            .stages = 4,
+                                            .own_queries = true,
+                                            .keeps_reference = true,
+                                            .stages_output = true}>;
 using Dim128 = ForwardConfig<ForwardTile{.dim = 128,
                                          .consumers = 2,
                                          .keys = 128,
                                          .stages = 2,
                                          .own_queries = true,
                                          .keeps_reference = true,
+                                         .stages_output = true,
                                          .half_early = true}>;
-using Dim128Fine = ForwardConfig<ForwardTile{
-    .dim = 128, .consumers = 3, .keys = 64, .stages = 4, .own_queries = true, .keeps_reference = true}>;
+using Dim128Fine = ForwardConfig<ForwardTile{.dim = 128,
+                                             .consumers = 3,
+                                             .keys = 64,
+                                             .stages = 4,
+                                             .own_queries = true,
+                                             .keeps_reference = true,
+                                             .stages_output = true}>;
 // float16, whose range is too small for that.
-using Half64 = ForwardConfig<ForwardTile{.dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true}>;
+using Half64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .stages_output = true}>;
 using Half128 = ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 176, .stages = 2, .own_queries = true}>;
-using Half128Fine =
-    ForwardConfig<ForwardTile{.dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true}>;
+using Half128Fine = ForwardConfig<ForwardTile{
+    .dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true, .stages_output = true}>;
 using Dim256 = ForwardConfig<ForwardTile{.dim = 256, .consumers = 2, .keys = 80, .stages = 2, .own_queries = true}>;
 
 // Of listed blocks; 128 keys each.
-using Listed64 = ForwardConfig<ForwardTile{
-    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .keeps_reference = true, .listed = true}>;
+using Listed64 = ForwardConfig<ForwardTile{.dim = 64,
+                                           .consumers = 3,
+                                           .keys = 128,
+                                           .stages = 4,
+                                           .own_queries = true,
+                                           .keeps_reference = true,
+                                           .listed = true,
+                                           .stages_output = true}>;
 using Listed128 = ForwardConfig<ForwardTile{.dim = 128,
                                             .consumers = 2,
                                             .keys = 128,
@@ -39,11 +62,12 @@ using Listed128 = ForwardConfig<ForwardTile{.dim = 128,
                                             .own_queries = true,
                                             .keeps_reference = true,
                                             .listed = true,
+                                            .stages_output = true,
                                             .half_early = true}>;
 using ListedHalf64 = ForwardConfig<ForwardTile{
-    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .listed = true}>;
+    .dim = 64, .consumers = 3, .keys = 128, .stages = 4, .own_queries = true, .listed = true, .stages_output = true}>;
 using ListedHalf128 = ForwardConfig<ForwardTile{
-    .dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true, .listed = true}>;
+    .dim = 128, .consumers = 2, .keys = 128, .stages = 2, .own_queries = true, .listed = true, .stages_output = true}>;
 
 // For few rows: memory bounds them, so they keep as many bytes in flight as fit, in two blocks where those do.
 using Few64 = ForwardConfig<ForwardTile{.dim = 64,
