@@ -1,6 +1,6 @@
-"""Backward attention on the GPU against SDPA's FlashAttention-2 and cuDNN: as bench/cuda/forward.py measures, from an
-output that is there already. Also each one's errors against FP64 on one head. FLOP count: 10 B H Nq Nk D, halved under
-a causal mask."""
+"""Backward attention on the GPU against SDPA's FlashAttention-2 and cuDNN, in float32 its memory-efficient backend: as
+bench/cuda/forward.py measures, from an output that is there already. Also each one's errors against FP64 on one head.
+FLOP count: 10 B H Nq Nk D, halved under a causal mask."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from binding import Backward, Forward  # isort: skip
 EXTRA = [
     {"b": 4, "hq": 32, "hk": 8, "nq": 4096, "nk": 4096, "d": 128, "causal": True},
     {"b": 4, "hq": 32, "hk": 8, "nq": 4096, "nk": 4096, "d": 128, "causal": False},
+    {"b": 8, "hq": 8, "hk": 8, "nq": 4096, "nk": 4096, "d": 256, "causal": True},
+    {"b": 8, "hq": 8, "hk": 8, "nq": 4096, "nk": 4096, "d": 256, "causal": False},
     {"b": 512, "hq": 16, "hk": 16, "nq": 128, "nk": 128, "d": 64, "causal": False},
     {"b": 1, "hq": 16, "hk": 16, "nq": 512, "nk": 512, "d": 64, "causal": True},
 ]
@@ -57,6 +59,8 @@ def contestants(q, k, v, dout, causal: bool, kernels: list[str]) -> dict:
     for kernel in kernels:
         makers[kernel] = lambda kernel=kernel: ours(0, kernel)
         makers[f"{kernel} deterministic"] = lambda kernel=kernel: ours(1, kernel)
+    if q.dtype == torch.float32:  # which the others do not take
+        makers["efficient"] = lambda: theirs(SDPBackend.EFFICIENT_ATTENTION)
     runs, failed = {}, {}
     for name, make in makers.items():
         try:
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-extra", action="store_true", help="only the grid")
     parser.add_argument("--kernels", nargs="*", default=[], help="rows of our table that join, by name")

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/common/device.h"
+#include "cuda/simt/backward.h"
 #include "cuda/simt/forward.h"
 #include "cuda/sm80/backward/backward.h"
 #include "cuda/sm80/forward/forward.h"
@@ -57,12 +58,19 @@ constexpr std::array kBackward = {
                    .workspace = sm90::backward_workspace,
                    .run = sm90::backward},
     BackwardKernel{.name = "sm80_backward",
-                   .summary = "exact, float16 and bfloat16 on tensor cores; D in steps of 8 to 128, masks",
+                   .summary = "exact, float16 and bfloat16 on tensor cores; D in steps of 8 to 256, masks",
                    .device = ADAATTN_CUDA,
                    .unavailable = needs_sm80,
                    .declines = sm80::declines_backward,
                    .workspace = sm80::backward_workspace,
-                   .run = sm80::backward}};
+                   .run = sm80::backward},
+    BackwardKernel{.name = "simt_float32",
+                   .summary = "exact, float32 on ordinary cores; D to 256, any strides, masks",
+                   .device = ADAATTN_CUDA,
+                   .unavailable = needs_any,
+                   .declines = simt::declines_backward,
+                   .workspace = simt::backward_workspace,
+                   .run = simt::backward}};
 
 }  // namespace
 

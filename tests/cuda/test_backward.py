@@ -39,6 +39,9 @@ class Chosen:
 @pytest.fixture(autouse=True, params=KERNELS)
 def kernel(request):
     Chosen.name = request.param
+    params = request.node.callspec.params
+    if request.param == "sm90_backward" and max(params.get("dims", (params.get("dim", 0),))) > 128:
+        pytest.skip("takes D and Dv to 128")
 
 
 def tensor(*shape: int, dtype: torch.dtype, layout: str = "bhsd") -> torch.Tensor:
@@ -96,7 +99,7 @@ SHAPES = [  # b, hq, hk, nq, nk
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("mode", ["full", "causal", "bottom_right"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("deterministic", [0, 1])
@@ -113,7 +116,10 @@ def test_shapes(dtype, dim, mode, shape, deterministic):
     assert_right(got, reference.gradients(q, k, v, dout, seen), dtype, slack=1.4 if few else 1.0)
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (32, 32), (40, 40), (72, 72), (80, 80), (96, 96), (128, 64), (48, 120)])
+@pytest.mark.parametrize(
+    "dims",
+    [(d, d) for d in (8, 32, 40, 72, 80, 96, 136, 160, 192, 256)] + [(128, 64), (48, 120), (192, 128), (64, 248)],
+)
 @pytest.mark.parametrize("causal", [0, 1])
 def test_head_sizes(dims, causal):
     q, k, v, dout = (tensor(2, 3, 190, d, dtype=BF16) for d in (dims[0], dims[0], dims[1], dims[1]))
@@ -130,7 +136,7 @@ def test_strides(layout):
     assert_right(got, reference.gradients(q, k, v, dout, seen), BF16)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(
     ("left", "right", "sinks"), [(0, 0, 0), (100, 0, 0), (64, 37, 0), (300, -1, 4), (130, 0, 140), (-1, 5, 0)]
 )
@@ -195,7 +201,7 @@ def test_many_queries_key_lengths_hide_even_nan(dim):
     assert_right(gradients, truth, BF16)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(("nq", "nk"), [(700, 100), (700, 300), (2100, 300)])
 def test_twice_in_one_workspace(dim, nq, nk):
     """What a call leaves behind in its workspace does not matter to the next."""
@@ -214,7 +220,7 @@ def test_twice_in_one_workspace(dim, nq, nk):
 
 
 # Tiles that see sinks but no window, or fewer sinks than there are: whoever counts them wrong waits forever.
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(
     ("nq", "nk", "left", "sinks"), [(313, 180, 69, 91), (1197, 335, 251, 9), (341, 943, 78, 429), (356, 1182, 31, 313)]
 )
@@ -226,7 +232,7 @@ def test_deterministic_windows_with_sinks(dim, nq, nk, left, sinks):
     assert_right(got, reference.gradients(q, k, v, dout, seen), BF16)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("mode", ["full", "causal", "bottom_right"])
 @pytest.mark.parametrize("deterministic", [0, 1])
 def test_key_lengths_hide_even_nan(dim, mode, deterministic):
@@ -276,7 +282,7 @@ def test_scales(scale):
     assert_right(got, reference.gradients(q, k, v, dout, seen, scale), BF16, slack=1.7 if scale == 1 else 1.0)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("tokens", [300, 2048])
 def test_nan_propagates(dim, where, tokens):
@@ -300,7 +306,7 @@ def test_no_keys_and_no_queries(deterministic):
     assert (gradients[2] == 0).all()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("causal", [0, 1])
 def test_deterministic_gives_the_same_bits(dim, causal):
     q, k, v, dout = (tensor(2, 20, 1500, dim, dtype=BF16) for _ in range(4))
@@ -313,7 +319,7 @@ def test_deterministic_gives_the_same_bits(dim, causal):
 @pytest.mark.parametrize("kind", ["bool", "float32", "own"])
 @pytest.mark.parametrize("size", ["full", "keys", "query"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("deterministic", [0, 1])
 def test_masks(kind, size, dtype, dim, deterministic):
     if Chosen.name == "sm90_backward":
@@ -356,10 +362,11 @@ def test_graph_capture():
         assert all(torch.equal(g, w) for g, w in zip(gradients, want, strict=True))
 
 
-def test_torch_operator_uses_it():
+@pytest.mark.parametrize("dim", [64, 256])
+def test_torch_operator_uses_it(dim):
     import adaattn
 
-    q, k, v, dout = (tensor(2, 4, 333, 64, dtype=BF16) for _ in range(4))
+    q, k, v, dout = (tensor(2, 4, 333, dim, dtype=BF16) for _ in range(4))
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     out = adaattn.attention(*inputs, is_causal=True)
     got = torch.autograd.grad(out, inputs, dout)
@@ -372,7 +379,7 @@ def test_torch_operator_uses_it():
     [
         (lambda q: tuple(q.float() for _ in range(4)), "float16 and bfloat16"),
         (lambda q: tuple(q[..., :60] for _ in range(4)), "multiples of 8"),
-        (lambda q: tuple(torch.cat([q, q, q], -1) for _ in range(4)), "at most 128"),
+        (lambda q: tuple(torch.cat([q, q, q, q, q], -1) for _ in range(4)), "at most (128|256)"),
     ],
 )
 def test_declines_with_a_reason(change, reason):

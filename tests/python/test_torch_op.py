@@ -508,8 +508,9 @@ class TestCuda:
         assert metrics.compute_precision == "bfloat16"
         assert (metrics.entropy is None) == ("reports entropy" in (metrics.fallback or ""))
 
-    def test_gradients_or_a_refusal(self):
-        q, k, v = (x.requires_grad_() for x in self.problem())
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_gradients_or_a_refusal(self, dtype):
+        q, k, v = (x.requires_grad_() for x in self.problem(dtype))
         if not any(name.startswith("backward") for name in self.names):
             with pytest.raises(NotImplementedError, match="no backward kernel runs on cuda tensors"):
                 adaattn.attention(q, k, v, enable_gqa=True)
@@ -518,7 +519,7 @@ class TestCuda:
         out = adaattn.attention(q, k, v, enable_gqa=True)
         dout = torch.randn_like(out)
         gradients = torch.autograd.grad(out, (q, k, v), dout)
-        assert_backward(gradients, truth, dout.cpu().double().numpy(), "bfloat16")
+        assert_backward(gradients, truth, dout.cpu().double().numpy(), dtype)
 
     def test_merge(self):
         q, k, v = self.problem()

@@ -1,19 +1,8 @@
 #include "cuda/simt/forward.h"
 
-#include <algorithm>
-
 #include "cuda/common/call.h"
 
 namespace adaattn::cuda::simt {
-namespace {
-
-TensorView view_of(const adaattn_tensor& tensor) {
-  TensorView view{.data = static_cast<float*>(tensor.data), .stride = {}};
-  std::copy_n(tensor.stride, 4, view.stride);
-  return view;
-}
-
-}  // namespace
 
 Reasons declines_forward(const adaattn_forward_args& args) {
   constexpr std::int64_t kMost = 1 << 30;
@@ -28,7 +17,8 @@ std::size_t forward_workspace(const adaattn_forward_args&) { return 0; }
 
 ForwardParams make_params(const adaattn_forward_args& args) {
   ForwardParams params{};
-  params.q = view_of(args.q), params.k = view_of(args.k), params.v = view_of(args.v), params.out = view_of(args.out);
+  params.q = make_tensor_view(args.q), params.k = make_tensor_view(args.k), params.v = make_tensor_view(args.v);
+  params.out = make_tensor_view(args.out);
   params.lse = args.lse, params.entropy = args.entropy, params.max_probability = args.max_probability;
   params.key_lengths = args.key_lengths;
   params.mask = sm80::make_mask_view(args.mask);

@@ -11,14 +11,14 @@
 #include "cuda/common/once.h"
 #include "cuda/common/ptx/arithmetic.cuh"
 #include "cuda/simt/launch.h"
+#include "cuda/simt/rows.cuh"
 #include "cuda/sm80/mask.cuh"
 #include "cuda/sm80/reach.cuh"
 
 namespace adaattn::cuda::simt {
 namespace {
 
-constexpr int kWarps = 8, kWarpRows = 4, kQueries = kWarps * kWarpRows, kKeys = 32, kThreads = 32 * kWarps;
-constexpr unsigned kAll = 0xFFFFFFFFu;
+constexpr int kWarpRows = 4, kQueries = kWarps * kWarpRows, kKeys = 32;
 
 template <int kDim>
 struct Shared {
@@ -32,23 +32,6 @@ __device__ __forceinline__ float warp_max(float value) {
   for (int distance = 16; distance > 0; distance /= 2)
     value = ptx::max_nan(value, __shfl_xor_sync(kAll, value, distance));
   return value;
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAll, value, distance);
-  return value;
-}
-
-// Rows [first, end) of one head, zeros after them and past the last column.
-template <int kRows, int kStride>
-__device__ __forceinline__ void load_rows(float (&to)[kRows][kStride], const TensorView& view, int batch, int head,
-                                          int first, int end, int dim, int padded_dim) {
-  const float* from = view.data + batch * view.stride[0] + head * view.stride[1];
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps)
-    for (int column = static_cast<int>(threadIdx.x) % 32; column < padded_dim; column += 32)
-      to[row][column] =
-          first + row < end && column < dim ? from[(first + row) * view.stride[2] + column * view.stride[3]] : 0.0f;
 }
 
 struct Row {
@@ -118,14 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       __syncthreads();
 
       float scores[kWarpRows] = {};
-      for (int d = 0; d < padded_dim; d += 4) {
-        const float4 k = *reinterpret_cast<const float4*>(&shared.k[lane][d]);
-#pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) {
-          const float4 q = *reinterpret_cast<const float4*>(&shared.q[first_row + r][d]);
-          scores[r] = fmaf(q.x, k.x, fmaf(q.y, k.y, fmaf(q.z, k.z, fmaf(q.w, k.w, scores[r]))));
-        }
-      }
+      add_products(scores, shared.q, first_row, shared.k, padded_dim);
       const int key = first_key + lane;
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {

@@ -18,8 +18,10 @@ template <typename Visitor>
 void with_config(const adaattn_backward_args& args, const Visitor& visit) {
   if (dim_of(args) <= 64)
     visit(BackwardDim64{});
-  else
+  else if (dim_of(args) <= 128)
     visit(BackwardDim128{});
+  else
+    visit(BackwardDim256{});
 }
 
 struct Arrays {
@@ -117,7 +119,7 @@ void launch(const adaattn_backward_args& args, const BackwardParams& params) {
 Reasons declines_backward(const adaattn_backward_args& args) {
   constexpr std::int64_t kMostTokens = 1 << 29, kMostTiles = 1 << 27;
   const std::int64_t heads = args.q.shape[0] * args.q.shape[1], nq = args.q.shape[2], nk = args.k.shape[2];
-  const auto multiple_of_8_to_128 = [](std::int64_t dim) { return dim % 8 == 0 && dim <= 128; };
+  const auto multiple_of_8_to_256 = [](std::int64_t dim) { return dim % 8 == 0 && dim <= 256; };
   bool fits = true;
   for (const adaattn_tensor* tensor : {&args.q, &args.k, &args.v, &args.out, &args.dout, &args.dq, &args.dk, &args.dv})
     fits = fits && matrix_view_fits(*tensor);
@@ -125,8 +127,8 @@ Reasons declines_backward(const adaattn_backward_args& args) {
       .unless(args.q.dtype == ADAATTN_FLOAT16 || args.q.dtype == ADAATTN_BFLOAT16, "takes float16 and bfloat16 only")
       .unless(args.plans == nullptr && args.tile_classes == nullptr,
               "takes no plans or tile classes: computes the gradients of exact attention only")
-      .unless(multiple_of_8_to_128(args.q.shape[3]) && multiple_of_8_to_128(args.v.shape[3]),
-              "D and Dv must be multiples of 8, at most 128")
+      .unless(multiple_of_8_to_256(args.q.shape[3]) && multiple_of_8_to_256(args.v.shape[3]),
+              "D and Dv must be multiples of 8, at most 256")
       .unless(fits, "all tensors need a contiguous dim, strides that are multiples of 16 bytes, and data on 16 bytes")
       .unless(nq <= kMostTokens && nk <= kMostTokens && heads <= kMostTiles / (nq / 64 + 1) &&
                   heads <= kMostTiles / (nk / 128 + 1),

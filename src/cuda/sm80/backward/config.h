@@ -10,19 +10,21 @@
 
 namespace adaattn::cuda::sm80 {
 
-// One block of threads works on 128 keys, and visits the queries kQueries at a time. Its eight warps share each product
-// as four times two tiles, or for dQ as tiles of 32 queries by 32 columns.
-template <int kDim_, int kQueries_>
+// One block of threads works on kKeys keys, and visits the queries kQueries at a time. Its eight warps share S^T and
+// dP^T as four times two tiles, dK and dV as tiles of 32 keys, and dQ as tiles of 32 queries by 32 columns.
+template <int kDim_, int kQueries_, int kKeys_>
 struct BackwardConfig {
-  static constexpr int kDim = kDim_;  // head size, padded with zeros to 64 or 128
+  static constexpr int kDim = kDim_;  // head size, padded with zeros to 64, 128 or 256
   static constexpr int kQueries = kQueries_;
-  static constexpr int kKeys = 128;
+  static constexpr int kKeys = kKeys_;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStrips = 2;                   // a warp's rows of every product are 16 kStrips
-  static constexpr int kQueryColumns = kQueries / 2;  // a warp's columns of S^T and dP^T
-  static constexpr int kDimColumns = kDim / 2;        // of dK and dV
-  static constexpr int kDqRowTiles = kQueries / 32;   // tiles of dQ along the queries
+  static constexpr int kScoreStrips = kKeys / 64;                 // a warp's rows of S^T and dP^T, in strips of 16
+  static constexpr int kQueryColumns = kQueries / 2;              // and its columns
+  static constexpr int kKeyGroups = kKeys / 32;                   // tiles of dK and dV along the keys
+  static constexpr int kDimColumns = kDim * kKeyGroups / kWarps;  // and their columns
+  static constexpr int kDqRowTiles = kQueries / 32;               // tiles of dQ along the queries
+  static constexpr int kRow = kQueries < 64 ? 64 : kQueries;      // elements from row to row of p and ds (tiles.cuh)
   static_assert(kDqRowTiles * (kDim / 32) == kWarps, "each warp has one tile of dQ");
 };
 
@@ -51,8 +53,8 @@ struct BackwardShared {
   alignas(128) Element k[Config::kKeys][Config::kDim];
   alignas(128) Element v[Config::kKeys][Config::kDim];
   Stage stages[2];
-  alignas(128) Element p[Config::kKeys][Config::kQueries];
-  alignas(128) Element ds[Config::kKeys][Config::kQueries];
+  alignas(128) Element p[Config::kKeys][Config::kRow];
+  alignas(128) Element ds[Config::kKeys][Config::kRow];
   KeyPlan plan;
 };
 

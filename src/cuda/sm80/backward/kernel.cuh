@@ -1,8 +1,8 @@
 // Exact gradients for sm_80 and later: recomputes the probabilities from lse (FlashAttention-2, arXiv 2307.08691,
 // algorithm 2).
 //
-// A block of threads keeps 128 keys and values in shared memory, dK and dV in registers, and walks over the queries
-// that see them. Per tile of queries:
+// A block of threads keeps a tile of keys and values in shared memory, dK and dV in registers, and walks over the
+// queries that see them. Per tile of queries:
 //   S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q,
 //   dQ += dS K
 // P^T and dS^T pass through shared memory, so that each product can be shared among the warps as suits it best. dQ is
@@ -143,7 +143,8 @@ __device__ __forceinline__ void add_dq(const BackwardParams& params, const KeyPl
 
 template <typename T, typename Config, bool kMasked>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams params) {
-  constexpr int kDim = Config::kDim, kQueries = Config::kQueries, kKeys = Config::kKeys;
+  constexpr int kDim = Config::kDim, kQueries = Config::kQueries, kKeys = Config::kKeys, kRow = Config::kRow;
+  constexpr int kScoreStrips = Config::kScoreStrips;
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<BackwardShared<Config>*>(memory);
   const KeyPlan& plan = shared.plan;  // stays in shared memory: registers are scarce
@@ -156,7 +157,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
   __syncthreads();
 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int key_strip = warp % 4 * 2, half = warp / 4;  // the warp's rows in pieces of 16, and its half of the columns
+  // Which strips of 16 keys and which columns are the warp's: of S^T and dP^T, and of dK and dV.
+  const int score_strip = warp % 4 * kScoreStrips, half = warp / 4;
+  const int key_strip = warp % Config::kKeyGroups * 2, part = warp / Config::kKeyGroups;
   float dk[2][Config::kDimColumns / 2], dv[2][Config::kDimColumns / 2];
   clear(dk);
   clear(dv);
@@ -183,16 +186,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
         copy_queries<T, Config>(params, plan, next_place(plan, stage.place), shared.stages[(step + 1) % 2]);
 
       {
-        float scores[2][kQueries / 4], dp[2][kQueries / 4];
+        float scores[kScoreStrips][kQueries / 4], dp[kScoreStrips][kQueries / 4];
         const int pair = 2 * (lane % 4), column = half * Config::kQueryColumns;
         clear(scores);
-        multiply<T, kDim>(scores, RowsOfLeft<kDim>{RowsFirst<kDim>(k, ptx::fresh_thread_index())}, key_strip,
+        multiply<T, kDim>(scores, RowsOfLeft<kDim>{RowsFirst<kDim>(k, ptx::fresh_thread_index())}, score_strip,
                           RowsOfRight<kDim>{ColumnsFirst<kDim>(q)}, column / 16);
         const int first_query = stage.place.tile * kQueries;
         const bool whole = first_query >= plan.full_begin && first_query + kQueries <= plan.full_end;
 #pragma unroll
-        for (int strip = 0; strip < 2; ++strip) {
-          const int row = 16 * (key_strip + strip);
+        for (int strip = 0; strip < kScoreStrips; ++strip) {
+          const int row = 16 * (score_strip + strip);
           const int first_key = plan.first_key + row + lane / 4;
           const float* lse = &stage.rows[0][column + pair];
           if constexpr (kMasked)
@@ -201,34 +204,34 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
           else
             exponentiate(scores[strip], params.scale_log2, lse);
           if (!whole) hide(scores[strip], plan.reach, first_key, first_query + column + pair);
-          store_strip<T, kQueries>(p, scores[strip], row, column);
+          store_strip<T, kRow>(p, scores[strip], row, column);
         }
         clear(dp);
-        multiply<T, kDim>(dp, RowsOfLeft<kDim>{RowsFirst<kDim>(v, ptx::fresh_thread_index())}, key_strip,
+        multiply<T, kDim>(dp, RowsOfLeft<kDim>{RowsFirst<kDim>(v, ptx::fresh_thread_index())}, score_strip,
                           RowsOfRight<kDim>{ColumnsFirst<kDim>(dout)}, column / 16);
         const float* delta = &stage.rows[1][column + pair];
 #pragma unroll
-        for (int strip = 0; strip < 2; ++strip) {
+        for (int strip = 0; strip < kScoreStrips; ++strip) {
 #pragma unroll
           for (int i = 0; i < kQueries / 4; ++i)
             dp[strip][i] = scores[strip][i] * (dp[strip][i] - delta[8 * (i / 4) + i % 2]);
-          store_strip<T, kQueries>(ds, dp[strip], 16 * (key_strip + strip), column);
+          store_strip<T, kRow>(ds, dp[strip], 16 * (score_strip + strip), column);
         }
       }
       __syncthreads();  // p and ds are whole
 
-      multiply<T, kQueries>(dv, RowsOfLeft<kQueries>{RowsFirst<kQueries>(p)}, key_strip,
-                            ColumnsOfRight<kDim>{RowsFirst<kDim>(dout)}, half * Config::kDimColumns / 16);
-      multiply<T, kQueries>(dk, RowsOfLeft<kQueries>{RowsFirst<kQueries>(ds)}, key_strip,
-                            ColumnsOfRight<kDim>{RowsFirst<kDim>(q)}, half * Config::kDimColumns / 16);
+      multiply<T, kQueries>(dv, RowsOfLeft<kRow>{RowsFirst<kRow>(p)}, key_strip,
+                            ColumnsOfRight<kDim>{RowsFirst<kDim>(dout)}, part * Config::kDimColumns / 16);
+      multiply<T, kQueries>(dk, RowsOfLeft<kRow>{RowsFirst<kRow>(ds)}, key_strip,
+                            ColumnsOfRight<kDim>{RowsFirst<kDim>(q)}, part * Config::kDimColumns / 16);
       float dq[2][16];
       clear(dq);
-      multiply<T, kKeys>(dq, ColumnsOfLeft<kQueries>{ColumnsFirst<kQueries>(ds)}, warp % Config::kDqRowTiles * 2,
+      multiply<T, kKeys>(dq, ColumnsOfLeft<kRow>{ColumnsFirst<kRow>(ds)}, warp % Config::kDqRowTiles * 2,
                          ColumnsOfRight<kDim>{RowsFirst<kDim>(k)}, warp / Config::kDqRowTiles * 2);
       add_dq<Config>(params, plan, stage.place, dq);
     }
   }
-  const int first_key = plan.first_key + 16 * key_strip + lane / 4, first_column = half * Config::kDimColumns;
+  const int first_key = plan.first_key + 16 * key_strip + lane / 4, first_column = part * Config::kDimColumns;
   store_keys<T>(params.dk, plan, first_key, first_column, params.key_count, params.dim, dk, params.scale);
   store_keys<T>(params.dv, plan, first_key, first_column, params.key_count, params.dim_v, dv, 1.0f);
 }

@@ -22,13 +22,16 @@ __global__ void prepare_rows_kernel(const RowParams params) {
   const bool inside = head < static_cast<std::int64_t>(params.batch) * params.heads;
   const bool exists = inside && query < params.query_count;
   float delta = 0.0f;
-  if (exists && lane * 8 < params.dim_v) {
-    const auto row_of = [&](const MatrixView& view) {
-      return static_cast<const T*>(view.data) + b * view.stride[0] + h * view.stride[1] + query * view.stride[2] +
-             lane * 8;
-    };
-    const T *out = row_of(params.out), *dout = row_of(params.dout);
-    const uint4 outs = *reinterpret_cast<const uint4*>(out), douts = *reinterpret_cast<const uint4*>(dout);
+  const auto row_of = [&](const MatrixView& view) {
+    return static_cast<const T*>(view.data) + b * view.stride[0] + h * view.stride[1] + query * view.stride[2];
+  };
+  const T *out = row_of(params.out), *dout = row_of(params.dout);
+#pragma unroll
+  for (int first = 0; first < Config::kDim; first += 128) {
+    const int column = first + lane * 8;
+    if (!exists || column >= params.dim_v) continue;
+    const uint4 outs = *reinterpret_cast<const uint4*>(out + column);
+    const uint4 douts = *reinterpret_cast<const uint4*>(dout + column);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       delta = fmaf(static_cast<float>(reinterpret_cast<const T*>(&outs)[i]),
