@@ -21,7 +21,7 @@ def filled(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """NaNs, by a copy from the host: initcheck does not see what TMA stores, and would call such outputs uninitialised."""
+    """NaNs, by a copy from the host: initcheck does not see what TMA stores, and calls such outputs uninitialised."""
     tensor = torch.empty(*shape, device="cuda", dtype=dtype)
     tensor.copy_(torch.full(shape, torch.nan))
     return tensor
