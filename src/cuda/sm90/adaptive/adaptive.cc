@@ -43,30 +43,35 @@ Rows16 rows_of(const adaattn_tensor& t) {
   return rows;
 }
 
+// On the current device.
 AdaptiveShape shape_of(const Args& args) {
   const adaattn_options& o = args.options;
-  return {.batch = static_cast<int>(args.q.shape[0]),
-          .heads = static_cast<int>(args.q.shape[1]),
-          .group = static_cast<int>(args.q.shape[1] / args.k.shape[1]),
-          .queries = static_cast<int>(args.q.shape[2]),
-          .keys = static_cast<int>(args.k.shape[2]),
-          .dim_qk = static_cast<int>(args.q.shape[3]),
-          .dim_v = static_cast<int>(args.v.shape[3]),
-          .dim = dim_of(args) <= 64 ? 64 : 128,
-          .causal = o.causal != 0,
-          .diagonal = o.alignment == ADAATTN_BOTTOM_RIGHT ? static_cast<int>(args.k.shape[2] - args.q.shape[2]) : 0,
-          .bfloat16 = args.q.dtype == ADAATTN_BFLOAT16,
-          .scale_log2 = static_cast<float>(scale_of(args) * 1.4426950408889634),
-          .error = static_cast<float>(o.error),
-          .tile_rows = listed_tile_rows(args)};
+  AdaptiveShape shape{
+      .batch = static_cast<int>(args.q.shape[0]),
+      .heads = static_cast<int>(args.q.shape[1]),
+      .group = static_cast<int>(args.q.shape[1] / args.k.shape[1]),
+      .queries = static_cast<int>(args.q.shape[2]),
+      .keys = static_cast<int>(args.k.shape[2]),
+      .dim_qk = static_cast<int>(args.q.shape[3]),
+      .dim_v = static_cast<int>(args.v.shape[3]),
+      .dim = dim_of(args) <= 64 ? 64 : 128,
+      .causal = o.causal != 0,
+      .diagonal = o.alignment == ADAATTN_BOTTOM_RIGHT ? static_cast<int>(args.k.shape[2] - args.q.shape[2]) : 0,
+      .bfloat16 = args.q.dtype == ADAATTN_BFLOAT16,
+      .scale_log2 = static_cast<float>(scale_of(args) * 1.4426950408889634),
+      .error = static_cast<float>(o.error),
+      .tile_rows = listed_tile_rows(args),
+      .workers = 0};
+  shape.workers = static_cast<int>(
+      std::min<std::int64_t>(current_device().multiprocessors, std::int64_t{shape.query_heads()} * shape.blocks()));
+  return shape;
 }
 
 static_assert(kListedKeys == kBlockKeys, "lists are of the screen's blocks");
 
 std::size_t counter_count(const AdaptiveShape& shape) { return static_cast<std::size_t>(shape.query_heads()) + 3; }
 
-AdaptiveArrays lay_out(const Args& args, Scratch& scratch) {
-  const AdaptiveShape s = shape_of(args);
+AdaptiveArrays lay_out(const Args& args, const AdaptiveShape& s, Scratch& scratch) {
   const auto kh = static_cast<std::size_t>(s.key_heads()), qh = static_cast<std::size_t>(s.query_heads());
   const auto dim = static_cast<std::size_t>(s.dim), blocks = static_cast<std::size_t>(s.blocks());
   const auto tiles = static_cast<std::size_t>(s.tiles()), chunks = static_cast<std::size_t>(s.chunks());
@@ -78,8 +83,8 @@ AdaptiveArrays lay_out(const Args& args, Scratch& scratch) {
   a.k8 = scratch.take<std::uint8_t>(kh * blocks * kBlockKeys * kScreenRank);
   a.value_means = scratch.take<float>(kh * blocks * dim);
   a.block_masses = scratch.take<Mass>(qh * kProbeRows * blocks);
-  a.chunk_masses = scratch.take<Mass>(qh * chunks * kProbeRows);
-  a.chunk_out = scratch.take<float>(qh * chunks * kProbeRows * dim);
+  a.chunk_masses = scratch.take<Mass>(chunks * kProbeRows);
+  a.chunk_out = scratch.take<float>(chunks * kProbeRows * dim);
   a.not_finite = scratch.take<unsigned>(kh);
   a.distances = scratch.take<float>(qh * static_cast<std::size_t>(s.screen_strips()) * blocks);
   a.order = scratch.take<std::uint16_t>(qh * tiles * blocks);
@@ -151,7 +156,7 @@ void refuse_while_captured(const Args& args) {
 std::size_t workspace(const Args& args) {
   if (!has_elements(args.out)) return 0;
   Scratch scratch(nullptr);
-  lay_out(args, scratch);
+  lay_out(args, shape_of(args), scratch);
   return scratch.bytes();
 }
 
@@ -160,7 +165,7 @@ void run(const Args& args) {
   if (args.heads != nullptr) refuse_while_captured(args);
   const AdaptiveShape shape = shape_of(args);
   Scratch scratch(args.workspace);
-  const AdaptiveArrays arrays = lay_out(args, scratch);
+  const AdaptiveArrays arrays = lay_out(args, shape, scratch);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   ADAATTN_CUDA_CHECK(cudaMemsetAsync(arrays.counters, 0, counter_count(shape) * sizeof(unsigned), stream));
   if (args.plans != nullptr) {

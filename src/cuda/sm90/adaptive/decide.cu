@@ -17,6 +17,8 @@ namespace adaattn::cuda::sm90 {
 namespace {
 
 constexpr int kRows = kProbeRows / kDecideParts, kThreads = 32 * kRows;  // a warp has a row
+constexpr int kNumbers = sizeof(LevelSums) / sizeof(float);
+static_assert(kLevels * kNumbers <= kThreads);
 
 // Of the budget: what is predicted may reach, and its limit. What is measured in the end has to hold the limit, too,
 // and is not told by means of values.
@@ -31,15 +33,18 @@ struct RowPart {
   float of[kCount] = {};
 
   __device__ static int channel() { return static_cast<int>(threadIdx.x) % 32 * kCount; }
-  __device__ void add(float factor, const float* row) {
+  __device__ void load(const float* row) {
     if constexpr (kCount == 4) {
       const float4 x = __ldg(reinterpret_cast<const float4*>(row + channel()));
-      of[0] = fmaf(factor, x.x, of[0]), of[1] = fmaf(factor, x.y, of[1]);
-      of[2] = fmaf(factor, x.z, of[2]), of[3] = fmaf(factor, x.w, of[3]);
+      of[0] = x.x, of[1] = x.y, of[2] = x.z, of[3] = x.w;
     } else {
       const float2 x = __ldg(reinterpret_cast<const float2*>(row + channel()));
-      of[0] = fmaf(factor, x.x, of[0]), of[1] = fmaf(factor, x.y, of[1]);
+      of[0] = x.x, of[1] = x.y;
     }
+  }
+  __device__ void add(float factor, const RowPart& other) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) of[i] = fmaf(factor, other.of[i], of[i]);
   }
 };
 
@@ -49,7 +54,7 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// ||factor a - b||^2 over a row.
+// This lane's share of ||factor a - b||^2 over a row.
 template <int kDim>
 __device__ float squared_distance(float factor, const RowPart<kDim>& a, const RowPart<kDim>& b) {
   float sum = 0;
@@ -58,15 +63,16 @@ __device__ float squared_distance(float factor, const RowPart<kDim>& a, const Ro
     const float difference = fmaf(factor, a.of[i], -b.of[i]);
     sum = fmaf(difference, difference, sum);
   }
-  return warp_sum(sum);
+  return sum;
 }
 
 // The row's exact output from those of its chunks, and the logarithm of its sum; -inf: it sees no key.
 template <int kDim>
 __device__ float merge_chunks(const AdaptiveShape& shape, const AdaptiveArrays& arrays, int head, int row,
                               RowPart<kDim>& out) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, chunks = shape.chunks();
-  const auto at = [&](int chunk) { return (static_cast<std::int64_t>(head) * chunks + chunk) * kProbeRows + row; };
+  const int lane = static_cast<int>(threadIdx.x) % 32, blocks = shape.blocks();
+  const int first = shape.worker_of(head * blocks), chunks = shape.worker_of((head + 1) * blocks - 1) + 1 - first;
+  const auto at = [&](int chunk) { return (std::int64_t{head} + first + chunk) * kProbeRows + row; };
   float top = -INFINITY;
   for (int chunk = lane; chunk < chunks; chunk += 32) top = fmaxf(top, arrays.chunk_masses[at(chunk)].top);
 #pragma unroll
@@ -79,7 +85,9 @@ __device__ float merge_chunks(const AdaptiveShape& shape, const AdaptiveArrays& 
     if (mass.sum == 0) continue;  // nor is its output there
     const float factor = exp2f(mass.top - top);
     sum = fmaf(factor, mass.sum, sum);
-    out.add(factor, arrays.chunk_out + at(chunk) * kDim);
+    RowPart<kDim> of_chunk;
+    of_chunk.load(arrays.chunk_out + at(chunk) * kDim);
+    out.add(factor, of_chunk);
   }
 #pragma unroll
   for (float& value : out.of) value /= sum;
@@ -91,10 +99,53 @@ struct BlockShare {
   int block;
 };
 
+// Lanes' shares of a row's squared error at each level. The last column is empty: it keeps levels, which lanes sum
+// side by side, in different banks.
+using LaneErrors = float[kLevels][33];
+
+// shares: of the row's visible blocks, in order; level_end: of this lane's level, how many of them it keeps.
+template <int kDim>
+__device__ void leave_out(const float* means, const BlockShare* shares, int visible, int level_end,
+                          const RowPart<kDim>& out, LaneErrors& errors) {
+  constexpr int kAhead = 4;  // blocks whose means are on their way
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  RowPart<kDim> left_out;
+  float mass = 0, error = 0;
+  int level = kLevels - 1, end = visible;
+  const auto settle = [&](int begin) {  // levels that leave out all blocks from begin on, and no others
+    while (level >= 0 && end >= begin) {
+      errors[level][lane] = error;
+      --level;
+      end = __shfl_sync(0xFFFFFFFFu, level_end, level & 31);
+    }
+  };
+  settle(visible);
+  for (int last = visible - 1; level >= 0 && last >= 0; last -= kAhead) {
+    BlockShare of_block[kAhead];
+    RowPart<kDim> mean[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      of_block[i] = shares[max(last - i, 0)];
+      mean[i].load(means + static_cast<std::int64_t>(of_block[i].block) * kDim);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (level < 0 || last < i) break;
+      mass += of_block[i].share;
+      left_out.add(of_block[i].share, mean[i]);
+      if (end < last - i) continue;
+      const float rest = fmaxf(1 - mass, 1e-6f);
+      error = __fdividef(squared_distance(mass, out, left_out), rest * rest);
+      settle(last - i);
+    }
+  }
+}
+
 // This thread block's rows: their exact outputs, and the sums for each level that blocks may be kept up to.
 template <int kDim>
 __device__ void sum_levels(const AdaptiveShape& shape, const AdaptiveArrays& arrays, int head, LevelSums* result) {
   extern __shared__ __align__(8) unsigned char memory[];
+  __shared__ LaneErrors lane_errors[kRows];
   __shared__ float errors[kRows][kLevels], norms[kRows];  // squared; norms of rows that see no key are -1
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int row = static_cast<int>(blockIdx.x) * kRows + warp;
@@ -106,7 +157,7 @@ __device__ void sum_levels(const AdaptiveShape& shape, const AdaptiveArrays& arr
   const Mass* const masses = arrays.block_masses + (static_cast<std::int64_t>(head) * kProbeRows + row) * blocks;
   const float* const means = arrays.value_means + static_cast<std::int64_t>(key_head) * blocks * kDim;
 
-  RowPart<kDim> out, left_out;
+  RowPart<kDim> out;
   const float lse = merge_chunks(shape, arrays, head, row, out);
   float* const exact = arrays.exact_out + (static_cast<std::int64_t>(head) * kProbeRows + row) * kDim;
 #pragma unroll
@@ -126,24 +177,15 @@ __device__ void sum_levels(const AdaptiveShape& shape, const AdaptiveArrays& arr
     }
     const int level_end = lane < kLevels ? up_to[lane] : 0;
     __syncwarp();
-    const float norm = squared_distance(0, out, out);
+    const float norm = warp_sum(squared_distance(0, out, out));
     if (lane == 0) norms[warp] = norm;
-    float mass = 0, x = 0;
-    int next = visible;  // blocks from here on in the order are left out
-    for (int level = kLevels - 1; level >= 0; --level) {
-      const int end = __shfl_sync(0xFFFFFFFFu, level_end, level);
-      if (next > end) {
-#pragma unroll 4
-        for (int i = next - 1; i >= end; --i) {
-          const BlockShare of_block = shares[i];
-          mass += of_block.share;
-          left_out.add(of_block.share, means + static_cast<std::int64_t>(of_block.block) * kDim);
-        }
-        next = end;
-        const float rest = fmaxf(1 - mass, 1e-6f);
-        x = squared_distance(mass, out, left_out) / (rest * rest);
-      }
-      if (lane == 0) errors[warp][level] = x;
+    leave_out(means, shares, visible, level_end, out, lane_errors[warp]);
+    __syncwarp();
+    float sum = 0;
+    if (lane < kLevels) {
+#pragma unroll 8
+      for (int other = 0; other < 32; ++other) sum += lane_errors[warp][lane][other];
+      errors[warp][lane] = sum;
     }
   }
   __syncthreads();
@@ -158,26 +200,26 @@ __device__ void sum_levels(const AdaptiveShape& shape, const AdaptiveArrays& arr
   result[threadIdx.x] = total;
 }
 
-__device__ ErrorEstimate estimate_of(const LevelSums* parts, int level) {
-  ProbeSums sums;
-  for (int part = 0; part < kDecideParts; ++part) {
-    const LevelSums& more = parts[part * kLevels + level];
-    sums.rows += more.rows, sums.x += more.x, sums.y += more.y;
-    sums.xx += more.xx, sums.xy += more.xy, sums.yy += more.yy;
-  }
-  return estimate_error(sums, 0.0, 0.0);
-}
-
 // Chooses the level, and writes what the head's tiles keep.
 __device__ void choose(const AdaptiveShape& shape, const AdaptiveArrays& arrays, int head, bool screened, int given) {
   __shared__ int level, kept, visible;
   __shared__ ErrorEstimate found[kLevels];
-  const LevelSums* const sums = arrays.level_sums + static_cast<std::int64_t>(head) * kDecideParts * kLevels;
+  __shared__ double totals[kLevels][kNumbers];
   const int tid = static_cast<int>(threadIdx.x);
   if (tid == 0) level = kLevels - 1, kept = visible = 0;
   __syncthreads();
+  if (screened && tid < kLevels * kNumbers) {
+    const LevelSums* const parts = arrays.level_sums + static_cast<std::int64_t>(head) * kDecideParts * kLevels;
+    double total = 0;
+#pragma unroll
+    for (int part = 0; part < kDecideParts; ++part)
+      total += reinterpret_cast<const float*>(parts + part * kLevels)[tid];
+    totals[tid / kNumbers][tid % kNumbers] = total;
+  }
+  __syncthreads();
   if (screened && tid < kLevels) {
-    found[tid] = estimate_of(sums, tid);
+    const double(&of)[kNumbers] = totals[tid];
+    found[tid] = estimate_error({.rows = of[5], .x = of[0], .y = of[3], .xx = of[1], .xy = of[2], .yy = of[4]}, 0, 0);
     const double error = shape.error;
     if (found[tid].value <= kValueShare * error && accepts(found[tid], kLimitShare * error)) atomicMin(&level, tid);
   }
@@ -207,7 +249,7 @@ __device__ void choose(const AdaptiveShape& shape, const AdaptiveArrays& arrays,
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     decide_kernel(const __grid_constant__ AdaptiveShape shape, const __grid_constant__ AdaptiveArrays arrays) {
   __shared__ bool last;
   const int head = static_cast<int>(blockIdx.y);

@@ -1,5 +1,5 @@
 // One pass over k and v: a persistent, warp-specialised kernel. One thread copies blocks of keys (TMA) through a ring
-// of buffers; two warpgroups take chunks of keys of a query head, 64 probe rows each.
+// of buffers; two warpgroups take them, 64 probe rows each. Each thread block has as many blocks of keys as the others.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace {
 constexpr int kWarps = kProbeRows / 16, kConsumers = kWarps * 32, kThreads = kConsumers + 128;
 constexpr int kStages = 3;
 constexpr int kSpan = 64;
-constexpr int kChunkBlocks = kProbeChunk / kBlockKeys;
+constexpr int kKeptMasses = 8;  // blocks whose masses are written together: 64 bytes of a row
 
 template <int kDim>
 struct MeasureMemory {
@@ -30,52 +30,59 @@ struct MeasureMemory {
   };
   alignas(1024) Stage stages[kStages];
   std::uint16_t y[kScreenRank * kDim];  // in rows
-  Mass masses[kProbeRows][kChunkBlocks];
+  Mass masses[kProbeRows][kKeptMasses];
   ptx::Barrier full[kStages], empty[kStages];
 };
 
-// A chunk of a query head. Neighbours in time have different chunks, since causal ones are not equally much work.
-struct Item {
-  int query_head, chunk, key_head, count;  // count: of its blocks; 0: the head is not measured
-
-  __device__ __forceinline__ Item(const AdaptiveShape& shape, const AdaptiveArrays& arrays, int index)
-      : query_head(index / shape.chunks()),
-        chunk((index + query_head) % shape.chunks()),
-        key_head(query_head / shape.group),
-        count(arrays.energy[key_head] >= kLeastScreenEnergy ? min(kChunkBlocks, shape.blocks() - chunk * kChunkBlocks)
-                                                            : 0) {}
+// What this thread block has of a query head; calls visit with each chunk that is measured.
+struct Chunk {
+  int query_head, key_head, first_block, count;  // blocks within the head
 };
+template <typename Visitor>
+__device__ __forceinline__ void for_each_chunk(const AdaptiveShape& shape, const AdaptiveArrays& arrays,
+                                               const Visitor& visit) {
+  const int worker = static_cast<int>(blockIdx.x), blocks = shape.blocks(), end = shape.share_begin(worker + 1);
+#pragma unroll 1
+  for (int at = shape.share_begin(worker); at < end;) {
+    const int query_head = at / blocks, first_block = at % blocks;
+    const Chunk chunk{.query_head = query_head,
+                      .key_head = query_head / shape.group,
+                      .first_block = first_block,
+                      .count = min(blocks - first_block, end - at)};
+    if (arrays.energy[chunk.key_head] >= kLeastScreenEnergy) visit(chunk);
+    at += chunk.count;
+  }
+}
 
 // By one thread.
 template <int kDim>
 __device__ __forceinline__ void produce(const AdaptiveShape& shape, const CUtensorMap& k, const CUtensorMap& v,
-                                        const AdaptiveArrays& arrays, int items, MeasureMemory<kDim>& shared) {
+                                        const AdaptiveArrays& arrays, MeasureMemory<kDim>& shared) {
   const int key_heads = shape.heads / shape.group;
   ptx::RingPlace<kStages> place;
-  for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const Item item(shape, arrays, index);
-    for (int block = 0; block < item.count; ++block) {
-      const int first = (item.chunk * kChunkBlocks + block) * kBlockKeys;
+  for_each_chunk(shape, arrays, [&](const Chunk& chunk) {
+    for (int block = 0; block < chunk.count; ++block) {
+      const int first = (chunk.first_block + block) * kBlockKeys;
       auto& stage = shared.stages[place.stage];
       auto& full = shared.full[place.stage];
       ptx::wait(shared.empty[place.stage], place.parity ^ 1);
       ptx::arrive_and_expect(full, sizeof(stage));
       for (int column = 0; column < kDim; column += 64)
-        ptx::load_box(stage.k + column * kBlockKeys, k, full, column, first, item.key_head % key_heads,
-                      item.key_head / key_heads);
+        ptx::load_box(stage.k + column * kBlockKeys, k, full, column, first, chunk.key_head % key_heads,
+                      chunk.key_head / key_heads);
       for (int column = 0; column < kDim; column += 64)
-        ptx::load_box(stage.v + column * kBlockKeys, v, full, column, first, item.key_head % key_heads,
-                      item.key_head / key_heads);
+        ptx::load_box(stage.v + column * kBlockKeys, v, full, column, first, chunk.key_head % key_heads,
+                      chunk.key_head / key_heads);
       place.advance();
     }
-  }
+  });
 }
 
 // By all consumers together.
 template <int kDim>
 __device__ __forceinline__ void load_y(const std::uint16_t* from, std::uint16_t* to) {
   constexpr int kPieces = kDim / 8;
-  ptx::barrier_sync(1, kConsumers);  // the last item's is read no more
+  ptx::barrier_sync(1, kConsumers);  // the last chunk's is read no more
   for (int at = static_cast<int>(threadIdx.x); at < kScreenRank * kPieces; at += kConsumers)
     *reinterpret_cast<uint4*>(to + piece_offset<kDim>(at / kPieces, at % kPieces) / 2) =
         __ldg(reinterpret_cast<const uint4*>(from) + at);
@@ -84,18 +91,19 @@ __device__ __forceinline__ void load_y(const std::uint16_t* from, std::uint16_t*
 
 template <int kDim, typename T>
 __device__ __forceinline__ void consume(const AdaptiveShape& shape, const Rows16& q, const AdaptiveArrays& to,
-                                        const Item& item, MeasureMemory<kDim>& shared, ptx::RingPlace<kStages>& place) {
+                                        const Chunk& chunk, MeasureMemory<kDim>& shared,
+                                        ptx::RingPlace<kStages>& place) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const bool first_of_group = item.query_head % shape.group == 0;
-  const int blocks = shape.blocks(), first_block = item.chunk * kChunkBlocks;
+  const bool first_of_group = chunk.query_head % shape.group == 0;
+  const int blocks = shape.blocks();
   ProbeRows<kDim, kSpan, T> probe;
-  probe.load(shape, HeadRows(q, item.query_head / shape.heads, item.query_head % shape.heads), warp * 16, lane);
-  if (first_of_group) load_y<kDim>(to.y + std::int64_t{item.key_head} * kScreenRank * kDim, shared.y);
+  probe.load(shape, HeadRows(q, chunk.query_head / shape.heads, chunk.query_head % shape.heads), warp * 16, lane);
+  if (first_of_group) load_y<kDim>(to.y + std::int64_t{chunk.key_head} * kScreenRank * kDim, shared.y);
 
   bool finite = true;
 #pragma unroll 1
-  for (int block = 0; block < item.count; ++block) {
-    const int begin = (first_block + block) * kBlockKeys;
+  for (int block = 0; block < chunk.count; ++block) {
+    const int of_head = chunk.first_block + block, begin = of_head * kBlockKeys;
     const auto& stage = shared.stages[place.stage];
     const std::uint32_t k_tile = ptx::shared_address(stage.k), v_tile = ptx::shared_address(stage.v);
     const ptx::WgmmaOperand<0> k_rows(k_tile);
@@ -110,14 +118,14 @@ __device__ __forceinline__ void consume(const AdaptiveShape& shape, const Rows16
       masses[1] = merge(masses[1], added[1]);
     }
     if (lane % 4 == 0) {
-      shared.masses[warp * 16 + lane / 4][block] = masses[0];
-      shared.masses[warp * 16 + lane / 4 + 8][block] = masses[1];
+      shared.masses[warp * 16 + lane / 4][of_head % kKeptMasses] = masses[0];
+      shared.masses[warp * 16 + lane / 4 + 8][of_head % kKeptMasses] = masses[1];
     }
     if (first_of_group) {
       const int existing = min(kBlockKeys, shape.keys - begin);
-      const std::int64_t at = std::int64_t{item.key_head} * blocks + first_block + block;
+      const std::int64_t at = std::int64_t{chunk.key_head} * blocks + of_head;
       const bool k_finite =
-          screen_keys<kDim, T>(k_tile, ptx::shared_address(shared.y), to.y_means + item.key_head * kScreenRank,
+          screen_keys<kDim, T>(k_tile, ptx::shared_address(shared.y), to.y_means + chunk.key_head * kScreenRank,
                                warp * 16, existing, lane, to.k8 + at * kBlockKeys * kScreenRank);
       finite = finite && k_finite;
       if (warp < kDim / 16) {
@@ -128,17 +136,20 @@ __device__ __forceinline__ void consume(const AdaptiveShape& shape, const Rows16
     __syncwarp();
     if (lane == 0) ptx::arrive(shared.empty[place.stage]);
     place.advance();
+    if (of_head % kKeptMasses == kKeptMasses - 1 || block == chunk.count - 1) {
+      __syncwarp();
+      const int first = max(chunk.first_block, of_head / kKeptMasses * kKeptMasses), kept = of_head + 1 - first;
+      for (int i = lane; i < 16 * kept; i += 32) {
+        const int row = warp * 16 + i / kept, written = first + i % kept;
+        to.block_masses[(std::int64_t{chunk.query_head} * kProbeRows + row) * blocks + written] =
+            shared.masses[row][written % kKeptMasses];
+      }
+      __syncwarp();  // before the next ones
+    }
   }
-  if (!__all_sync(0xFFFFFFFFU, finite) && lane == 0) atomicOr(&to.not_finite[item.key_head], 1U);
+  if (!__all_sync(0xFFFFFFFFU, finite) && lane == 0) atomicOr(&to.not_finite[chunk.key_head], 1U);
 
-  for (int i = lane; i < 16 * item.count; i += 32) {
-    const int row = warp * 16 + i / item.count, block = i % item.count;
-    to.block_masses[(std::int64_t{item.query_head} * kProbeRows + row) * blocks + first_block + block] =
-        shared.masses[row][block];
-  }
-  __syncwarp();  // before the next item's masses
-  const std::int64_t row =
-      (std::int64_t{item.query_head} * shape.chunks() + item.chunk) * kProbeRows + warp * 16 + lane / 4;
+  const std::int64_t row = (std::int64_t{chunk.query_head} + blockIdx.x) * kProbeRows + warp * 16 + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (lane % 4 == 0) to.chunk_masses[row + half * 8] = {probe.top[half], probe.sum[half]};
@@ -156,7 +167,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ CUtensorMap v, AdaptiveArrays to) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<MeasureMemory<kDim>*>(memory);
-  const int items = shape.query_heads() * shape.chunks();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::init_barrier(shared.full[stage], 1);
@@ -167,16 +177,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
     ptx::give_registers<24>();
-    if (threadIdx.x == kConsumers) produce<kDim>(shape, k, v, to, items, shared);
+    if (threadIdx.x == kConsumers) produce<kDim>(shape, k, v, to, shared);
     return;
   }
   ptx::take_registers<240>();
   ptx::RingPlace<kStages> place;
-#pragma unroll 1
-  for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const Item item(shape, to, index);
-    if (item.count > 0) consume<kDim, T>(shape, q, to, item, shared, place);
-  }
+  for_each_chunk(shape, to, [&](const Chunk& chunk) { consume<kDim, T>(shape, q, to, chunk, shared, place); });
 }
 
 CUtensorMap map_of(const Rows16& rows, const AdaptiveShape& shape, int dim) {
@@ -193,14 +199,12 @@ void launch(const AdaptiveShape& shape, const Rows16& q, const Rows16& k, const 
             cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(MeasureMemory<kDim>);
   static_assert(kSharedBytes <= 227 * 1024);
-  const Device device = current_device();
   static OncePerDevice prepared;
-  prepared.run(device.index, [] {
+  prepared.run(current_device().index, [] {
     ADAATTN_CUDA_CHECK(
         cudaFuncSetAttribute(measure_kernel<kDim, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   });
-  const int grid = std::min(shape.query_heads() * shape.chunks(), device.multiprocessors);
-  measure_kernel<kDim, T><<<static_cast<unsigned>(grid), kThreads, kSharedBytes, stream>>>(
+  measure_kernel<kDim, T><<<static_cast<unsigned>(shape.workers), kThreads, kSharedBytes, stream>>>(
       shape, q, map_of(k, shape, shape.dim_qk), map_of(v, shape, shape.dim_v), to);
   ADAATTN_CUDA_CHECK(cudaGetLastError());
 }

@@ -20,7 +20,6 @@ constexpr int kBlockKeys = 128;  // that are kept or left out together
 constexpr int kScreenRows = 64;  // neighbouring queries with one score per block
 constexpr int kScreenRank = 32;
 constexpr int kProbeRows = 128;              // per query head; see probe_row
-constexpr int kProbeChunk = 1024;            // keys that one thread block of measure runs the probe rows over
 constexpr int kMostBlocks = 512;             // of a head: 65,536 keys
 constexpr float kLeastScreenEnergy = 0.75f;  // cpu/key_head.h, kLeastEnergy
 
@@ -41,13 +40,23 @@ struct AdaptiveShape {
   float scale_log2;  // scale / ln 2, > 0: scores are powers of two
   float error;       // budget
   int tile_rows;     // of attend's tiles, a multiple of kScreenRows
+  int workers;       // thread blocks of measure, each with an equal share of all heads' blocks of keys in a row
 
   constexpr int key_heads() const { return batch * (heads / group); }
   constexpr int query_heads() const { return batch * heads; }
   constexpr int blocks() const { return (keys + kBlockKeys - 1) / kBlockKeys; }
   constexpr int screen_strips() const { return (queries + kScreenRows - 1) / kScreenRows; }
   constexpr int tiles() const { return (queries + tile_rows - 1) / tile_rows; }
-  constexpr int chunks() const { return (keys + kProbeChunk - 1) / kProbeChunk; }
+  // Blocks of all query heads, counted through: where a worker's begin, and whose one is. What a worker has of a head
+  // is a chunk, numbered head + worker.
+  constexpr int share_begin(int worker) const {
+    return static_cast<int>(std::int64_t{query_heads()} * blocks() * worker / workers);
+  }
+  constexpr int worker_of(int block) const {
+    const std::int64_t all = std::int64_t{query_heads()} * blocks();
+    return static_cast<int>(((block + std::int64_t{1}) * workers - 1) / all);
+  }
+  constexpr int chunks() const { return query_heads() + workers; }
   // Keys that a query sees.
   constexpr int seen(int query) const {
     const int end = causal ? query + diagonal + 1 : keys;
@@ -80,7 +89,7 @@ struct Mass {
 struct LevelSums {
   float x, xx, xy, y, yy, rows;
 };
-constexpr int kDecideParts = 8;  // thread blocks that share a head's probe rows
+constexpr int kDecideParts = 16;  // thread blocks that share a head's probe rows
 
 // What became of a head.
 struct HeadState {
@@ -104,8 +113,8 @@ struct AdaptiveArrays {
                        // keys from the tensor's end on are zeros
   float* value_means;  // [KH][blocks][dim], mean of v over the keys of the block that exist; zeros from dim_v on
   Mass* block_masses;  // [QH][kProbeRows][blocks]; causal: of keys that the row sees
-  Mass* chunk_masses;  // [QH][chunks][kProbeRows]
-  float* chunk_out;    // [QH][chunks][kProbeRows][dim] sum over the chunk's keys of 2^(score - chunk's top) v;
+  Mass* chunk_masses;  // [chunks()][kProbeRows]
+  float* chunk_out;    // [chunks()][kProbeRows][dim] sum over the chunk's keys of 2^(score - chunk's top) v;
                        // not written where the sum is 0
   unsigned* not_finite;  // [KH] starts at 0; not 0: k, v or some q holds NaN or infinity
   // screen, of query heads whose key head has the energy and is finite so far

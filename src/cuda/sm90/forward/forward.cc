@@ -132,16 +132,26 @@ struct ForwardArrays {
   float* part_out;
 };
 
-// Whether items take different times: they are then taken as blocks get free. Of heads that are one tile each, those
-// with different key lengths do.
-bool items_differ(const adaattn_forward_args& args, const TileGrid& grid) {
-  return args.key_lengths != nullptr || (tiles_differ(args) && grid.tiles_per_pack > 1);
+// Of threads: as many as fit on the device, or items if those are fewer.
+template <typename Config>
+int block_count(const TileGrid& grid, int multiprocessors) {
+  return std::min(item_count(grid), multiprocessors * Config::kBlocks);
+}
+
+// Whether blocks take items as they get free, not in turn: items take different times, or memory bounds them, which
+// serves some multiprocessors sooner than others. Of heads that are one tile each, those with different key lengths
+// differ. Few items do not pay for the counter.
+bool taken_when_free(const adaattn_forward_args& args, const TileGrid& grid, int blocks) {
+  const int items = item_count(grid);
+  if (items <= blocks) return false;
+  if (args.key_lengths != nullptr || (tiles_differ(args) && grid.tiles_per_pack > 1)) return true;
+  return args.k.shape[2] <= kShortKeys && items / 8 >= blocks;
 }
 
 template <typename Config>
-ForwardArrays lay_out(const adaattn_forward_args& args, const TileGrid& grid, Scratch& scratch) {
+ForwardArrays lay_out(const adaattn_forward_args& args, const TileGrid& grid, int blocks, Scratch& scratch) {
   ForwardArrays arrays{};
-  if (items_differ(args, grid)) arrays.next_item = scratch.take<unsigned>(1);
+  if (taken_when_free(args, grid, blocks)) arrays.next_item = scratch.take<unsigned>(1);
   if (grid.parts > 1) {
     const auto rows = static_cast<std::size_t>(item_count(grid) - grid.whole_tiles) * Config::kQueries;
     arrays.part_rows = scratch.take<RowResult>(rows);
@@ -156,14 +166,12 @@ void launch(const Args& args) {
   const TileGrid grid = make_grid<Config>(args, device.multiprocessors);
   ForwardParams params = make_params<Config>(args, grid);
   Scratch scratch(args.workspace);
-  const ForwardArrays arrays = lay_out<Config>(args, grid, scratch);
-  params.part_rows = arrays.part_rows, params.part_out = arrays.part_out;
-  const int items = item_count(grid), blocks = std::min(items, device.multiprocessors * Config::kBlocks);
+  const int blocks = block_count<Config>(grid, device.multiprocessors);
+  const ForwardArrays arrays = lay_out<Config>(args, grid, blocks, scratch);
+  params.part_rows = arrays.part_rows, params.part_out = arrays.part_out, params.next_item = arrays.next_item;
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  if (blocks < items && arrays.next_item != nullptr) {
-    params.next_item = arrays.next_item;
+  if (params.next_item != nullptr)
     ADAATTN_CUDA_CHECK(cudaMemsetAsync(params.next_item, 0, sizeof(*params.next_item), stream));
-  }
   launch_forward<T, Config>(params, {.device = device.index, .blocks = blocks, .stream = stream});
 }
 
@@ -172,7 +180,9 @@ std::size_t workspace(const Args& args) {
   if (!has_elements(args.out)) return 0;
   Scratch scratch(nullptr);
   with_instance<Use>(args, [&]<typename T, typename Config>(T, Config) {
-    lay_out<Config>(args, make_grid<Config>(args, current_device().multiprocessors), scratch);
+    const int multiprocessors = current_device().multiprocessors;
+    const TileGrid grid = make_grid<Config>(args, multiprocessors);
+    lay_out<Config>(args, grid, block_count<Config>(grid, multiprocessors), scratch);
   });
   return scratch.bytes();
 }
@@ -249,8 +259,12 @@ Reasons declines_short(const Args& args) {
   Reasons reasons = declines_plain(args);
   reasons.unless(dim_of(args) <= 128, "D and Dv must be at most 128");
   if (!reasons.empty() || named<Short>(args)) return reasons;
-  return reasons.unless(dim_of(args) <= 64 && args.q.shape[2] <= 128 && args.k.shape[2] <= 128,
-                        "leaves more than 128 tokens, and D over 64, to sm90_forward");
+  const std::int64_t nq = args.q.shape[2], nk = args.k.shape[2];
+  const bool whole_step = nq > 64 && nk == 128 && !tiles_differ(args);
+  return reasons
+      .unless(dim_of(args) <= 64 && nq <= 128 && nk <= 128,
+              "leaves more than 128 tokens, and D over 64, to sm90_forward")
+      .unless(!whole_step, "leaves heads of one whole step of 128 keys to sm90_forward");
 }
 
 Reasons declines_masks(const Args& args) {

@@ -10,11 +10,16 @@
 
 namespace adaattn::cuda::sm90 {
 
-// As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB).
+// Up to so many keys a head, memory and not arithmetic bounds calls of many heads: queries and outputs are as large as
+// keys and values.
+constexpr std::int64_t kShortKeys = 512;
+
+// As many heads side by side as leave their keys and values about half of the L2 cache (50 to 60 MB), where they are
+// short a twelfth: the rest streams through it as fast.
 inline int packs_in_cache(const adaattn_forward_args& args, int packs_per_key_head) {
-  constexpr std::int64_t kBytes = 24 << 20;
+  const std::int64_t bytes = (args.k.shape[2] <= kShortKeys ? 4 : 24) << 20;
   const std::int64_t head = std::max<std::int64_t>(1, args.k.shape[2] * (args.k.shape[3] + args.v.shape[3]) * 2);
-  const std::int64_t key_heads = std::clamp<std::int64_t>(kBytes / head, 1, args.k.shape[0] * args.k.shape[1]);
+  const std::int64_t key_heads = std::clamp<std::int64_t>(bytes / head, 1, args.k.shape[0] * args.k.shape[1]);
   return static_cast<int>(key_heads * packs_per_key_head);
 }
 

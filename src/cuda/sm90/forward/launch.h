@@ -90,8 +90,8 @@ using Few256 = ForwardConfig<ForwardTile{
     .dim = 256, .consumers = 1, .keys = 64, .stages = 3, .packs = true, .parts = true, .own_queries = true}>;
 
 // For short sequences: tiles that waste fewer rows, and blocks of which some compute while others load.
-using Short64 =
-    ForwardConfig<ForwardTile{.dim = 64, .consumers = 1, .keys = 64, .stages = 4, .blocks = 3, .own_queries = true}>;
+using Short64 = ForwardConfig<ForwardTile{
+    .dim = 64, .consumers = 1, .keys = 64, .stages = 3, .blocks = 3, .own_queries = true, .stages_output = true}>;
 using Short128 =
     ForwardConfig<ForwardTile{.dim = 128, .consumers = 1, .keys = 64, .stages = 3, .blocks = 2, .own_queries = true}>;
 
