@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -108,12 +109,15 @@ def test_generation_with_a_cache(cache: str) -> None:
 def test_a_second_prompt_after_a_cache() -> None:
     """Several queries behind a cache: the diagonal starts at the bottom right, which the mask has to say."""
     model, ids = tiny_llama(), batch()["input_ids"]
+    known = inspect.signature(model.forward).parameters
+    argument = "cache" if "cache" in known else "past_key_values"  # its name before transformers 5.24
     results = []
     for name in ("adaattn", "eager"):
         model.set_attn_implementation(name)
+        cache = {argument: transformers.DynamicCache(config=model.config)}
         with torch.no_grad():
-            cache = model(ids[:, :10]).past_key_values
-            results.append(model(ids[:, 10:], past_key_values=cache).logits)
+            model(ids[:, :10], **cache)
+            results.append(model(ids[:, 10:], **cache).logits)
     close(*results, TINY_TERMS)
 
 
